@@ -1,0 +1,51 @@
+# Everything runs in .venv, created on first use with the versions of constraints.txt.
+#   make demo      the whole pipeline on a built-in synthetic set, with report.html
+#   make test      lint, types and tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# ninja and the console scripts of the environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help install build demo test lint selftest format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(VENV)/.installed
+build: $(VENV)/.built
+
+# torch first: the extension is built against it, and a later unpinned install would replace it.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel ninja torch numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: build
+	$(BIN)/cc4s demo --out runs/demo
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+selftest: build
+	$(BIN)/python -m cc4s_kernels.info --selftest
+
+test: lint selftest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info cc4s_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

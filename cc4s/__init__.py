@@ -1,0 +1,1 @@
+"""Training of CC4S: certainty and consistency in scribble-supervised semantic segmentation."""

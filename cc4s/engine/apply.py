@@ -1,0 +1,130 @@
+"""What a trained network is used for: evaluation, pseudo-labels and masks of new images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cc4s.data import Dataset, Entry, check_dataset, open_dataset, read_image, voc_palette, write_index_png
+from cc4s.data.images import IMAGE_SUFFIXES
+from cc4s.engine import evaluation
+from cc4s.engine.checkpoint import Trained
+from cc4s.engine.runtime import Runtime, kernels, progress_options
+from cc4s.errors import UserError
+from cc4s.files import atomic_write, atomic_write_json
+from cc4s.report import overlay
+
+
+def evaluate_checkpoint(trained: Trained, out: Path | None = None) -> dict[str, Any]:
+    """Metrics of a trained network on the evaluation split of its configuration's data; {} on other processes.
+
+    Raises:
+        UserError: unusable data, or another number of classes.
+    """
+    config = trained.config
+    runtime = Runtime(config)
+    dataset = _open(trained, splits=("eval",))
+    with kernels(config.kernels):
+        network = trained.network.to(runtime.device)
+        result = evaluation.evaluate(network, dataset, config, runtime, label="evaluation")
+    if not runtime.is_main:
+        return {}
+    if out is not None:
+        atomic_write_json(out, result)
+    return result
+
+
+def pseudo_label_folder(trained: Trained, out: Path) -> dict[str, Any]:
+    """Pseudo-labels for the training images of the configuration's data, as PNGs in `out`.
+
+    Returns:
+        `images`, `coverage` and, where masks exist, the metrics of the labelled pixels.
+
+    Raises:
+        UserError: unusable data, or `out` holds other files.
+    """
+    config = trained.config
+    runtime = Runtime(config)
+    dataset = _open(trained, splits=("train",))
+    foreign = [path for path in out.iterdir() if path.suffix != ".png"] if out.is_dir() else []
+    if foreign:
+        raise UserError(f"--out {out}: holds other files ({foreign[0].name}); choose an empty folder")
+    with kernels(config.kernels):
+        network = trained.network.to(runtime.device)
+        return evaluation.write_pseudo_labels(network, dataset, config, runtime, out)
+
+
+def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overlays: bool = True) -> int:
+    """Writes `out`/masks/<name>.png (palette PNG of class indices) and `out`/overlays/<name>.png for every image.
+
+    Args:
+        trained: network and configuration. inputs: image files, or folders of images. out: where to write.
+        overlays: write the overlays too.
+
+    Returns:
+        Number of images.
+
+    Raises:
+        UserError: no image, an unreadable one, or two of the same name.
+    """
+    files = _image_files(inputs)
+    config, num_classes = trained.config, len(trained.classes)
+    for path in files:
+        read_image(path, config.data.channels)
+    runtime = Runtime(config)
+    palette = voc_palette()
+    entries = [Entry(path.stem, path) for path in files]
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    with kernels(config.kernels):
+        network = trained.network.to(runtime.device)
+        for name, probability, sample in evaluation.predictions(
+            network, entries, config, runtime, num_classes, "predict"
+        ):
+            mask = probability.argmax(0).cpu().numpy().astype(np.uint8 if num_classes <= 255 else np.uint16)
+            write_index_png(out / "masks" / f"{name}.png", mask, palette, num_classes)
+            if overlays:
+                picture = overlay(evaluation.as_uint8(sample["image"]), mask, palette)
+                (out / "overlays").mkdir(exist_ok=True)
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, "PNG")
+                atomic_write(out / "overlays" / f"{name}.png", buffer.getvalue())
+    runtime.barrier()
+    return len(files)
+
+
+def _image_files(inputs: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no image in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such image or folder")
+    seen: dict[str, Path] = {}
+    for path in files:
+        if path.stem in seen:
+            raise UserError(f"{path}: has the same name as {seen[path.stem]}; their masks would be one file")
+        seen[path.stem] = path
+    return files
+
+
+def _open(trained: Trained, *, splits: tuple[str, ...]) -> Dataset:
+    """The configuration's data, checked, with as many classes as the network."""
+    config = trained.config
+    dataset = open_dataset(config.data, seed=config.seed, work=None, splits=splits, progress=True)
+    if len(dataset.classes) != len(trained.classes):
+        raise UserError(
+            f"data {config.data.root}: {len(dataset.classes)} classes, but the checkpoint has {len(trained.classes)}"
+        )
+    check_dataset(dataset, config.data, labels=False, scribbles=False, progress=True)
+    return dataset

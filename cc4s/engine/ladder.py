@@ -1,0 +1,106 @@
+"""The ablation ladder: the method rung by rung, over seeds, at one budget (METHOD 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cc4s.config import load_config
+from cc4s.engine.pipeline import Run
+from cc4s.errors import UserError
+from cc4s.files import atomic_write, atomic_write_json, atomic_write_text
+from cc4s.report import figure_png, ladder_figure, ladder_markdown
+
+# Rung name -> method and preset.
+RUNGS: dict[str, tuple[str, str]] = {
+    "pce": ("pce", "clean"),
+    "rw": ("rw", "clean"),
+    "entropy": ("entropy", "clean"),
+    "consistency": ("consistency", "clean"),
+    "pseudo": ("pseudo", "clean"),
+    "cc4s": ("cc4s", "clean"),
+    "full": ("full", "clean"),
+    "released": ("cc4s", "released"),
+}
+
+
+def run_ladder(
+    recipe: str,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    rungs: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    **fixed: Any,
+) -> dict[str, Any]:
+    """Runs every rung with every seed in folders of its own and writes ladder.json, ladder.md and ladder.png.
+
+    Finished runs are not repeated; the files are renewed after every run.
+
+    Args:
+        recipe: as in `load_config`. out: the ladder's folder. seeds: one run per rung and seed.
+        rungs: names of `RUNGS`; None runs all. overrides, fixed: as in `load_config`, for every rung.
+
+    Returns:
+        The content of ladder.json.
+
+    Raises:
+        UserError: unknown rung, or bad input of a run.
+    """
+    chosen = list(RUNGS if rungs is None else rungs)
+    for rung in chosen:
+        if rung not in RUNGS:
+            raise UserError(f"--rungs: got {rung!r}, expected names of {', '.join(RUNGS)}")
+    if not seeds:
+        raise UserError("--seeds: got none, expected at least one")
+    for word in overrides:
+        if word.split("=")[0] in ("method", "preset", "seed"):
+            raise UserError(f"command line: key {word.split('=')[0]} is set by the ladder itself")
+    configs = {
+        (rung, seed): load_config(
+            recipe, list(overrides), method=RUNGS[rung][0], preset=RUNGS[rung][1], seed=seed, **fixed
+        )
+        for seed in seeds
+        for rung in chosen
+    }
+    ladder: dict[str, Any] = {}
+    done: list[tuple[str, int, dict[str, Any]]] = []
+    for (rung, seed), config in configs.items():
+        run = Run(config, out / f"{rung}-seed{seed}")
+        done.append((rung, seed, run.execute()))
+        if not run.runtime.is_main:
+            continue
+        ladder = _summary(recipe, done, config.data.volume_pattern != "")
+        ladder["protocol"] = {
+            "budget": config.budget,
+            "seeds": list(seeds),
+            "backbone": config.model.backbone,
+            "width": config.model.width,
+            "crop": config.augment.crop,
+            "batch_size": config.train.batch_size,
+            "units": "every rung trains for 4 stage budgets",
+            "iterations_per_unit": config.train.iterations or f"{config.train.epochs} epochs",
+        }
+        atomic_write_json(out / "ladder.json", ladder)
+        atomic_write_text(out / "ladder.md", ladder_markdown(ladder))
+        atomic_write(out / "ladder.png", figure_png(ladder_figure(ladder)))
+    return ladder
+
+
+def _summary(recipe: str, done: list[tuple[str, int, dict[str, Any]]], volumes: bool) -> dict[str, Any]:
+    """ladder.json: volume Dice where the recipe has volumes, else mIoU."""
+    metric, source, classes = (
+        ("dice", "volume_dice", "per_class_volume_dice") if volumes else ("miou", "miou", "per_class_iou")
+    )
+    runs = [
+        {
+            "rung": rung,
+            "seed": seed,
+            metric: result[source],
+            "per_class": result[classes],
+            "miou": result["miou"],
+        }
+        for rung, seed, result in done
+    ]
+    return {"dataset": recipe, "metric": metric, "runs": runs}

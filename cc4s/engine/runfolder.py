@@ -1,0 +1,160 @@
+"""The folder of a run: what is in it, whose it is, and what of the run is already done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cc4s import config as configuration
+from cc4s.config import Config
+from cc4s.errors import UserError
+from cc4s.files import atomic_write_json, atomic_write_text
+
+# Keys that change how a run is carried out, not what it computes: they may differ when a run is continued.
+_FREE_KEYS = (
+    "device",
+    "kernels",
+    "train.workers",
+    "train.compile",
+    "train.log_every",
+    "train.checkpoint_every",
+    "report",
+)
+
+
+class RunFolder:
+    """Paths and records of one run.
+
+    Layout: config.yaml, log.jsonl, checkpoints/<stage>.pt, checkpoints/running.pt (of the stage in training),
+    stages/<stage>.json (its metrics), pseudo_labels/<name>.png, data/ (generated images and scribbles),
+    metrics.json, report.html.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def pseudo_labels(self) -> Path:
+        return self.path / "pseudo_labels"
+
+    @property
+    def running(self) -> Path:
+        return self.path / "checkpoints" / "running.pt"
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.path / "checkpoints" / f"{stage}.pt"
+
+    def record(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def check(self, config: Config) -> None:
+        """Looks whether the run may go on here; changes nothing.
+
+        Raises:
+            UserError: the path is a file, or holds something else than this run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path}: is a file, expected a folder")
+        stored = self.path / "config.yaml"
+        if not stored.is_file():
+            # Generated data comes before the configuration: it belongs to the checks.
+            if self.path.is_dir() and any(
+                entry.name not in (".lock", "data") for entry in self.path.iterdir()
+            ):
+                raise UserError(f"--out {self.path}: not empty and not a run of cc4s; choose another folder")
+            return
+        old = _flatten(configuration.to_dict(configuration.from_dict(_read_config(stored), str(stored))))
+        new = _flatten(configuration.to_dict(config))
+        for key in sorted(old.keys() | new.keys()):
+            if key in _FREE_KEYS or key.startswith("report."):
+                continue
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"--out {self.path}: holds another run ({key} was {old.get(key)!r}, now {new.get(key)!r});"
+                    " choose another folder or the same settings"
+                )
+
+    def create(self, config: Config) -> None:
+        """Makes the folder and records the configuration, once."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "stages"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.yaml").exists():
+            atomic_write_text(self.path / "config.yaml", configuration.to_yaml(config))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+            UserError: another process works in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"--out {self.path}: another process is working on this run") from error
+            yield
+
+    def write_record(self, stage: str, content: dict[str, Any]) -> None:
+        atomic_write_json(self.record(stage), content)
+
+    def read_record(self, stage: str) -> dict[str, Any] | None:
+        """The finished record of a stage, or None."""
+        path = self.record(stage)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def log(self, **entry: Any) -> None:
+        """Appends one line to log.jsonl."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def mend_log(self) -> None:
+        """Ends a line that a killed process left unfinished, so that the next entry starts on its own."""
+        if not self.log_file.is_file():
+            return
+        with self.log_file.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        if not self.log_file.is_file():
+            return []
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

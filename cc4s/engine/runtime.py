@@ -1,0 +1,121 @@
+"""Devices, processes and randomness of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, distributed
+
+import cc4s_kernels as ck
+from cc4s.config import Config
+from cc4s.errors import UserError
+
+
+class Runtime:
+    """Lightning Fabric with the few collective operations the engine needs.
+
+    Under `torchrun` (or any launcher that sets WORLD_SIZE) every process takes its share; otherwise one process runs.
+    """
+
+    def __init__(self, config: Config) -> None:
+        accelerator = config.device
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        if accelerator == "cuda" and not torch.cuda.is_available():
+            raise UserError("key device: got 'cuda', but this machine has no usable CUDA device")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        try:
+            self.fabric = Fabric(
+                accelerator=accelerator,
+                devices=local,
+                num_nodes=max(1, world_size // local),
+                strategy="ddp" if world_size > 1 else "auto",
+                precision=config.train.precision,  # type: ignore[arg-type]
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"key train.precision: {config.train.precision!r} does not run here: {error}"
+            ) from error
+        self.fabric.launch()
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    @property
+    def rank(self) -> int:
+        return self.fabric.global_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.fabric.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self.fabric.barrier()
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on every one of them."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in rank order, on every one of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """The items this process works on."""
+        return items[self.rank :: self.world_size]
+
+
+def kernels(name: str) -> AbstractContextManager[None]:
+    """The backend that the key `kernels` names, strictly; "auto" leaves the choice to every op."""
+    return nullcontext() if name == "auto" else ck.use_backend(name)
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed from any labels, the same on every machine and in every process."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_everything(*parts: Any) -> None:
+    """Seeds Python, NumPy and torch from any labels.
+
+    Randomness is re-derived from its place in the run (stage, step), so a resumed run draws what an uninterrupted
+    one would have drawn.
+    """
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - seeds libraries that use the global state
+    torch.manual_seed(seed)
+
+
+def progress_options(runtime: Runtime | None = None) -> dict[str, Any]:
+    """Options of tqdm: on the main process only, and rarely updated where nobody watches."""
+    interactive = sys.stderr.isatty()
+    return {
+        "disable": runtime is not None and not runtime.is_main,
+        "mininterval": 0.1 if interactive else 10.0,
+        "dynamic_ncols": interactive,
+        "file": sys.stderr,
+    }

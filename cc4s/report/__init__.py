@@ -1,0 +1,56 @@
+"""What a run leaves for people to read: `report.html`, pictures, tables, the ablation ladder."""
+
+from cc4s.report.figures import (
+    contact_sheet,
+    curve_figures,
+    curves,
+    eigenvector_panel,
+    figure_png,
+    figure_svg,
+    legend,
+)
+from cc4s.report.html import write_report
+from cc4s.report.ladder import Rung, ladder_figure, ladder_markdown, summarize_ladder
+from cc4s.report.overlays import (
+    ReportImage,
+    draw_scribble,
+    eigenvalue_caption,
+    eigenvector_picture,
+    overlay,
+)
+from cc4s.report.tables import (
+    format_number,
+    format_percent,
+    format_seconds,
+    format_spread,
+    markdown_table,
+    mean_and_std,
+    text_table,
+)
+
+__all__ = [
+    "ReportImage",
+    "Rung",
+    "contact_sheet",
+    "curve_figures",
+    "curves",
+    "draw_scribble",
+    "eigenvalue_caption",
+    "eigenvector_panel",
+    "eigenvector_picture",
+    "figure_png",
+    "figure_svg",
+    "format_number",
+    "format_percent",
+    "format_seconds",
+    "format_spread",
+    "ladder_figure",
+    "ladder_markdown",
+    "legend",
+    "markdown_table",
+    "mean_and_std",
+    "overlay",
+    "summarize_ladder",
+    "text_table",
+    "write_report",
+]

@@ -1,0 +1,91 @@
+"""Argument checks shared by the ops: one clear error that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTEGER_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def describe(value: Any) -> str:
+    """Shape, dtype and device of a tensor; type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    dims: str,
+    floating: bool = False,
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> None:
+    """Checks that `value` is a tensor of the rank, dtype and device an op expects.
+
+    Args:
+        name: argument name for the message.
+        dims: expected shape in words, such as "(B, C, H, W)"; a leading "..." allows any leading dimensions.
+        floating: any floating dtype is required.
+        dtypes: the allowed dtypes, where not empty.
+        device: the device it must share.
+
+    Raises:
+        TypeError: not a tensor, or wrong dtype. ValueError: wrong rank or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, expected a tensor {dims}")
+    names = [part.strip() for part in dims.strip("()").split(",") if part.strip()]
+    leading = bool(names) and names[0] == "..."
+    rank = len(names) - leading
+    if value.dim() < rank or (value.dim() != rank and not leading):
+        raise ValueError(f"{name}: got {describe(value)}, expected shape {dims}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name}: got {describe(value)}, expected a floating dtype")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {describe(value)}, expected one of {', '.join(map(str, dtypes))}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got {describe(value)}, expected device {device}")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """Raises ValueError unless `value` has exactly the shape `expected`; `meaning` says where that shape is from."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: got {describe(value)}, expected shape {tuple(expected)} ({meaning})")
+
+
+def check_number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, integer: bool = False
+) -> None:
+    """Checks a finite number option in [low, high].
+
+    Raises:
+        TypeError: not a number (bool is none). ValueError: not finite or out of range.
+    """
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}: got {describe(value)}, expected {'an integer' if integer else 'a number'}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, expected a finite value in [{low}, {high}]")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of `tensor`: not while tracing, on a GPU only with CC4S_KERNELS_CHECK=1
+    (a look costs a device synchronisation)."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("CC4S_KERNELS_CHECK") == "1"

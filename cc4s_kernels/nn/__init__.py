@@ -1,0 +1,32 @@
+"""Modules and losses on top of the ops."""
+
+from cc4s_kernels.nn._reduce import global_count
+from cc4s_kernels.nn.consistency import EigenspaceConsistencyLoss
+from cc4s_kernels.nn.losses import (
+    ColorConstraintLoss,
+    Counts,
+    PartialCrossEntropyLoss,
+    PottsLoss,
+    ScribbleLoss,
+    ScribbleTerms,
+    SoftEntropyLoss,
+    global_counts,
+)
+from cc4s_kernels.nn.random_walk import RandomWalk2d
+from cc4s_kernels.nn.transforms import Crop, Flip
+
+__all__ = [
+    "ColorConstraintLoss",
+    "Counts",
+    "Crop",
+    "EigenspaceConsistencyLoss",
+    "Flip",
+    "PartialCrossEntropyLoss",
+    "PottsLoss",
+    "RandomWalk2d",
+    "ScribbleLoss",
+    "ScribbleTerms",
+    "SoftEntropyLoss",
+    "global_count",
+    "global_counts",
+]

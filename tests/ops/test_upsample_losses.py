@@ -1,0 +1,317 @@
+"""`upsample_losses` against a loop over pixels and against compositions of torch.nn.functional."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cc4s_kernels as ck
+from tests.ops.tester import Inputs, OpTester, generator, randn
+
+CLASSES = 5
+SUPERPIXELS = 4
+
+
+def source_position(i: int, size: int, out: int, align_corners: bool) -> float:
+    if align_corners:
+        return 0.0 if out == 1 else i * (size - 1) / (out - 1)
+    return max((i + 0.5) * size / out - 0.5, 0.0)
+
+
+def upsampled_pixel(image: np.ndarray, y: float, x: float) -> np.ndarray:
+    """image (C, h, w) at a real position."""
+    h, w = image.shape[1:]
+    y0, x0 = min(int(y), h - 1), min(int(x), w - 1)
+    y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+    fy, fx = y - y0, x - x0
+    top = (1 - fx) * image[:, y0, x0] + fx * image[:, y0, x1]
+    bottom = (1 - fx) * image[:, y1, x0] + fx * image[:, y1, x1]
+    return (1 - fy) * top + fy * bottom
+
+
+def loop(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    superpixels: Tensor | None = None,
+    num_superpixels: int | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = True,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    batch, classes, h, w = logits.shape
+    height, width = labels.shape[1:]
+    bins = num_superpixels or 0
+    ce, labelled, entropy, total = (np.zeros(batch) for _ in range(4))
+    pooled, counts = np.zeros((batch, bins, classes)), np.zeros((batch, bins))
+    image, target = logits.detach().double().numpy(), labels.numpy()
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                at = upsampled_pixel(
+                    image[b],
+                    source_position(i, h, height, align_corners),
+                    source_position(j, w, width, align_corners),
+                )
+                shifted = at - at.max()
+                log_p = shifted - math.log(np.exp(shifted).sum())
+                p = np.exp(log_p)
+                y = int(target[b, i, j])
+                if y != ignore_index:
+                    a = 1.0 if class_weight is None else float(class_weight[y])
+                    ce[b] -= a * log_p[y]
+                    labelled[b] += a
+                m = 1.0 if weight is None else float(weight[b, i, j])
+                entropy[b] -= m * sum(v * math.log(v) for v in p if v > 0)
+                total[b] += m
+                if superpixels is not None and superpixels[b, i, j] >= 0:
+                    pooled[b, superpixels[b, i, j]] += p
+                    counts[b, superpixels[b, i, j]] += 1
+    return tuple(torch.from_numpy(x) for x in (ce, labelled, entropy, total, pooled, counts))
+
+
+class TestUpsampleLosses(OpTester):
+    op_name = "upsample_losses"
+    sizes = (1, 7, 21)
+    differentiable = (0,)
+    variants = {
+        "all": {},
+        "half_pixel": {"align_corners": False},
+        "plain": {"weight": None, "superpixels": None, "num_superpixels": None, "class_weight": None},
+        "ignore_class": {"ignore_index": 2},
+    }
+
+    def make_inputs(self, dtype: torch.dtype, device: str, size: int, seed: int) -> Inputs:
+        batch, size = (2, size) if size else (0, 1)
+        shape = (batch, size, size + 2)
+        random = generator(seed)
+        labels = torch.randint(0, CLASSES, shape, generator=random)
+        labels = labels.where(torch.rand(shape, generator=random) < 0.5, 2).to(torch.uint8)
+        ids = torch.randint(-1, SUPERPIXELS, shape, generator=random, dtype=torch.int32)
+        logits = randn(
+            batch, CLASSES, (size + 2) // 3, (size + 1) // 2, dtype=dtype, device=device, seed=seed, scale=2
+        )
+        return (logits, labels.to(device)), {
+            "weight": torch.rand(shape, generator=random, dtype=torch.float64).to(device, dtype),
+            "superpixels": ids.to(device),
+            "num_superpixels": SUPERPIXELS,
+            "class_weight": torch.rand(CLASSES, generator=random, dtype=torch.float64).to(device, dtype),
+        }
+
+    def naive(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return loop(*args, **kwargs)
+
+
+def composition(logits: Tensor, labels: Tensor, weight: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+    full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    ce = F.cross_entropy(full, labels.long(), ignore_index=255, reduction="none").sum((1, 2))
+    return ce, (torch.distributions.Categorical(logits=full.movedim(1, -1)).entropy() * weight).sum((1, 2))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(9, 11), (33, 29), (4, 5), (1, 1), (9, 40)])
+def test_any_size_of_labels(size: tuple[int, int], align_corners: bool) -> None:
+    """Identity, up, down, a single pixel and mixed."""
+    logits = randn(3, 21, 9, 11, dtype=torch.float64, device="cpu", seed=0).requires_grad_()
+    labels = torch.randint(0, 21, (3, *size), generator=generator(1))
+    labels = labels.where(torch.rand(labels.shape, generator=generator(2)) < 0.3, 255)
+    weight = torch.rand(labels.shape, generator=generator(3), dtype=torch.float64)
+    out = ck.upsample_losses(logits, labels, weight=weight, align_corners=align_corners)
+    ce, entropy = composition(logits, labels, weight, align_corners)
+    torch.testing.assert_close(out.cross_entropy, ce)
+    torch.testing.assert_close(out.entropy, entropy)
+    torch.testing.assert_close(out.weight, weight.sum((1, 2)))
+    assert out.labelled.tolist() == (labels != 255).sum((1, 2)).tolist()
+    assert out.pooled.shape == (3, 0, 21)
+    assert out.counts.shape == (3, 0)
+    got = torch.autograd.grad((out.cross_entropy + out.entropy).sum(), logits)
+    torch.testing.assert_close(got, torch.autograd.grad((ce + entropy).sum(), logits))
+
+
+def test_label_dtypes_agree() -> None:
+    logits = randn(2, 4, 3, 3, dtype=torch.float32, device="cpu", seed=0)
+    labels = torch.randint(0, 4, (2, 7, 7), generator=generator(0))
+    labels[:, :3] = 255
+    expected = ck.upsample_losses(logits, labels)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        found = ck.upsample_losses(logits, labels.to(dtype))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_more_than_255_classes() -> None:
+    logits = randn(1, 300, 2, 2, dtype=torch.float64, device="cpu", seed=0)
+    labels = torch.tensor([[[255, 299], [-1, 0]]])
+    out = ck.upsample_losses(logits, labels, ignore_index=-1)
+    expected = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(out.cross_entropy[0], expected)
+    assert out.labelled.tolist() == [3]
+    with pytest.raises(ValueError, match="ignore_index: got 255, which is one of 300 classes"):
+        ck.upsample_losses(logits, labels)
+    with pytest.raises(TypeError, match="labels: .*uint8.* for 300 classes"):
+        ck.upsample_losses(logits, labels.to(torch.uint8), ignore_index=-1)
+
+
+def test_bool_weight_is_zero_and_one() -> None:
+    logits = randn(2, 4, 3, 3, dtype=torch.float32, device="cpu", seed=0)
+    labels = torch.full((2, 6, 6), 255)
+    mask = torch.rand(2, 6, 6, generator=generator(0)) < 0.5
+    a = ck.upsample_losses(logits, labels, weight=mask)
+    b = ck.upsample_losses(logits, labels, weight=mask.float())
+    assert torch.equal(a.entropy, b.entropy)
+    assert a.weight.tolist() == mask.sum((1, 2)).tolist()
+
+
+def test_no_label_and_no_weight_give_exactly_zero() -> None:
+    logits = randn(2, 4, 3, 3, dtype=torch.float32, device="cpu", seed=0).requires_grad_()
+    labels = torch.full((2, 6, 6), 255, dtype=torch.uint8)
+    out = ck.upsample_losses(logits, labels, weight=torch.zeros(2, 6, 6))
+    for value in (out.cross_entropy, out.entropy):
+        assert value.tolist() == [0, 0]
+        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        assert not gradient.any()
+    assert out.labelled.tolist() == out.weight.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_huge_logits_stay_finite(dtype: torch.dtype) -> None:
+    logits = torch.tensor([1e4, -1e4, 0.0], dtype=dtype)[None, :, None, None].repeat(1, 1, 2, 2)
+    logits[..., 1, 1] = torch.tensor([-1e4, 1e4, 1e4], dtype=dtype)
+    logits.requires_grad_()
+    labels = torch.tensor([[[0, 1], [2, 0]]])
+    out = ck.upsample_losses(
+        logits, labels, superpixels=torch.zeros(1, 2, 2, dtype=torch.int32), num_superpixels=1
+    )
+    # Pixels: right, 2e4 off, 1e4 off, 2e4 + ln 2 off; one pixel is undecided between two classes.
+    # 1e-4 relative: bfloat16 rounds 1e4 to 9984; the exact number is that of the rounded logits.
+    high = float(logits.detach()[0, 0, 0, 0])
+    assert out.cross_entropy.item() == pytest.approx(5 * high + math.log(2), rel=1e-6)
+    assert out.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
+    (gradient,) = torch.autograd.grad(out.cross_entropy + out.entropy + out.pooled.sum(), logits)
+    assert bool(gradient.isfinite().all())
+
+
+def test_gradient_of_entropy_is_the_formula() -> None:
+    """dH/dlogit_c = -p_c (log p_c + H) without upsampling (docs/method.md section 4)."""
+    logits = randn(2, 6, 4, 5, dtype=torch.float64, device="cpu", seed=0, scale=3).requires_grad_()
+    weight = torch.rand(2, 4, 5, generator=generator(0), dtype=torch.float64)
+    out = ck.upsample_losses(logits, torch.full((2, 4, 5), 255), weight=weight)
+    (gradient,) = torch.autograd.grad(out.entropy.sum(), logits)
+    p = F.softmax(logits.detach(), 1)
+    entropy = -(p * p.log()).sum(1, keepdim=True)
+    torch.testing.assert_close(gradient, -weight[:, None] * p * (p.log() + entropy))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    classes=st.integers(1, 9),
+    low=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    align_corners=st.booleans(),
+)
+def test_properties(
+    seed: int, classes: int, low: tuple[int, int], size: tuple[int, int], align_corners: bool
+) -> None:
+    logits = randn(2, classes, *low, dtype=torch.float64, device="cpu", seed=seed, scale=4)
+    random = generator(seed)
+    labels = torch.randint(0, classes + 1, (2, *size), generator=random)
+    labels = labels.where(labels < classes, 255)
+    ids = torch.randint(-1, 6, (2, *size), generator=random, dtype=torch.int32)
+    weight = torch.rand(2, *size, generator=random, dtype=torch.float64)
+
+    def run(logits: Tensor, labels: Tensor = labels) -> ck.UpsampleLosses:
+        return ck.upsample_losses(
+            logits, labels, weight=weight, superpixels=ids, num_superpixels=6, align_corners=align_corners
+        )
+
+    out = run(logits)
+    # Probabilities sum to one, and lie between 0 and the number of pixels. 1e-9: rounding of up to 144 terms.
+    torch.testing.assert_close(out.pooled.sum(-1), out.counts, rtol=1e-9, atol=1e-9)
+    assert bool((out.pooled >= 0).all())
+    assert out.counts.sum().item() == (ids >= 0).sum().item()
+    # The entropy of C classes is between 0 and ln C.
+    assert bool((out.entropy >= 0).all())
+    assert bool((out.entropy <= out.weight * math.log(classes) + 1e-9).all())
+    assert bool((out.cross_entropy >= 0).all())
+    # A number added to all classes changes nothing; a renaming of the classes renames the columns.
+    shift = randn(2, 1, *low, dtype=torch.float64, device="cpu", seed=seed + 1)
+    order = torch.randperm(classes, generator=random)
+    renamed = torch.argsort(order)[labels.clamp(max=classes - 1)].where(labels != 255, 255)
+    moved = run(logits[:, order] + shift, renamed)
+    expected = out._replace(pooled=out.pooled[..., order])
+    for a, b in zip(moved, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def good() -> dict[str, Any]:
+    return {
+        "logits": torch.zeros(2, 3, 4, 4),
+        "labels": torch.zeros(2, 8, 8, dtype=torch.uint8),
+        "weight": torch.ones(2, 8, 8),
+        "superpixels": torch.zeros(2, 8, 8, dtype=torch.int32),
+        "num_superpixels": 2,
+        "class_weight": torch.ones(3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": [1]}, TypeError, "logits: got list"),
+        ({"logits": torch.zeros(2, 3, 4)}, ValueError, r"logits: .* expected shape \(B, C, h, w\)"),
+        ({"logits": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "logits: .* floating"),
+        ({"logits": torch.zeros(2, 3, 0, 4)}, ValueError, "logits: .* at least one"),
+        ({"labels": torch.zeros(2, 8, 8)}, TypeError, "labels: .* expected one of torch.uint8"),
+        ({"labels": torch.zeros(1, 8, 8, dtype=torch.uint8)}, ValueError, r"labels: .*\(2, 8, 8\)"),
+        ({"labels": torch.zeros(2, 0, 8, dtype=torch.uint8)}, ValueError, "labels: .* at least one pixel"),
+        ({"labels": torch.full((2, 8, 8), 3)}, ValueError, "labels: got 3 among 128 values out of range"),
+        ({"labels": torch.full((2, 8, 8), -1)}, ValueError, "labels: got -1 among 128"),
+        ({"weight": torch.ones(2, 8, 7)}, ValueError, "weight: .*the shape of labels"),
+        ({"weight": torch.ones(2, 8, 8, dtype=torch.uint8)}, TypeError, "weight: .* floating dtype or bool"),
+        ({"weight": torch.full((2, 8, 8), -0.5)}, ValueError, "weight: got values from -0.5"),
+        ({"weight": torch.full((2, 8, 8), math.nan)}, ValueError, "weight: .* finite"),
+        ({"weight": torch.full((2, 8, 8), math.inf)}, ValueError, "weight: .* finite"),
+        ({"weight": torch.ones(2, 8, 8, requires_grad=True)}, ValueError, "weight: .*detach"),
+        ({"superpixels": torch.zeros(2, 8, 8)}, TypeError, "superpixels: .* torch.int32"),
+        ({"superpixels": torch.zeros(2, 7, 8, dtype=torch.int32)}, ValueError, "superpixels: .* labels"),
+        ({"superpixels": torch.full((2, 8, 8), 2)}, ValueError, "superpixels: got ids from 2 to 2"),
+        ({"superpixels": torch.full((2, 8, 8), -2)}, ValueError, "superpixels: got ids from -2"),
+        ({"superpixels": None}, ValueError, "num_superpixels: got 2 without superpixels"),
+        ({"num_superpixels": None}, ValueError, "num_superpixels: got None"),
+        ({"num_superpixels": -1}, ValueError, "num_superpixels: got -1"),
+        ({"num_superpixels": 2.0}, TypeError, "num_superpixels: .* integer"),
+        ({"ignore_index": 255.0}, TypeError, "ignore_index: .* integer"),
+        ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: .*\(3,\)"),
+        ({"class_weight": torch.tensor([1.0, -1.0, 1.0])}, ValueError, "class_weight: got values from -1.0"),
+        ({"labels": torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta")}, ValueError, "labels: .*device"),
+    ],
+)
+def test_errors_name_the_argument(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {**good(), **changes}
+    logits, labels = options.pop("logits"), options.pop("labels")
+    with pytest.raises(error, match=message):
+        ck.upsample_losses(logits, labels, **options)
+
+
+def test_unchecked_values_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look at the values would cost a synchronisation, values out of range count as ignored."""
+    logits = randn(1, 3, 2, 2, dtype=torch.float64, device="cpu", seed=0)
+    labels = torch.tensor([[[0, 7], [-3, 255]]])
+    ids = torch.tensor([[[0, 9], [-5, 1]]])
+    with monkeypatch.context() as patch:
+        patch.setattr("cc4s_kernels.ops.upsample_losses.may_read_values", lambda tensor: False)
+        out = ck.upsample_losses(logits, labels, superpixels=ids, num_superpixels=2)
+    clean_labels, clean_ids = torch.tensor([[[0, 255], [255, 255]]]), torch.tensor([[[0, -1], [-1, 1]]])
+    expected = ck.upsample_losses(logits, clean_labels, superpixels=clean_ids, num_superpixels=2)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))

@@ -1,0 +1,182 @@
+"""Choice of a backend, with made-up ops: what runs, what is refused, and what is said about it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cc4s_kernels as ck
+from cc4s_kernels import backends
+
+
+def reference(x, *, bias=0.0):
+    return x + bias
+
+
+def fast(x, *, bias=0.0):
+    return x + bias + 100
+
+
+def refuses_bias(x, *, bias=0.0):
+    return "bias is not 0" if bias else None
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """An empty registry on a machine where only what is registered as cpu or reference can run."""
+    monkeypatch.setattr(backends, "_implementations", {})
+    monkeypatch.setattr(
+        backends, "missing", lambda name: "no CUDA device" if name in ("cuda", "triton") else None
+    )
+    return backends
+
+
+@pytest.fixture
+def two(registry):
+    registry.register("add", "reference", reference)
+    registry.register("add", "cpu", fast, refuses_bias)
+    return registry
+
+
+X = torch.zeros(2)
+
+
+def test_the_fastest_that_accepts_runs(two):
+    assert two.select("add", X) is fast
+    assert two.select("add", X, bias=1.0) is reference
+    assert two.available("add") == ("cpu", "reference")
+    assert two.ops() == ("add",)
+
+
+def test_a_forced_backend_never_falls_back(two):
+    with ck.use_backend("reference"):
+        assert two.select("add", X) is reference
+    with ck.use_backend("cpu"):
+        assert two.select("add", X) is fast
+        with pytest.raises(RuntimeError, match=r"use_backend\('cpu'\): add cannot run there: bias is not 0"):
+            two.select("add", X, bias=1.0)
+    with (
+        ck.use_backend("triton"),
+        pytest.raises(RuntimeError, match="add has no triton kernel in this version"),
+    ):
+        two.select("add", X)
+
+
+def test_missing_hardware_is_said(two):
+    two.register("add", "cuda", fast)
+    assert two.select("add", X) is fast
+    assert "cuda" not in two.available("add")
+    with ck.use_backend("cuda"), pytest.raises(RuntimeError, match="no CUDA device"):
+        two.select("add", X)
+
+
+def test_forcing_nests_and_ends_with_an_error(two):
+    with ck.use_backend("reference"):
+        with ck.use_backend("auto"):
+            assert two.select("add", X) is fast
+        assert two.select("add", X) is reference
+        with pytest.raises(KeyError), ck.use_backend("cpu"):
+            raise KeyError
+        assert two.select("add", X) is reference
+    assert two.select("add", X) is fast
+
+
+def test_unknown_names(two):
+    with (
+        pytest.raises(ValueError, match="name: got 'gpu', expected auto or one of cuda, triton"),
+        ck.use_backend("gpu"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="backend: got 'gpu'"):
+        two.register("add", "gpu", fast)
+    with pytest.raises(ValueError, match="op_name: got 'subtract', expected one of add"):
+        ck.explain("subtract")
+
+
+def test_nothing_can_run(registry):
+    registry.register("add", "cpu", fast, refuses_bias)
+    with pytest.raises(RuntimeError, match="add: no backend runs"):
+        registry.select("add", X, bias=1.0)
+
+
+def test_explain_gives_every_reason(two, capsys):
+    found = ck.explain("add", X)
+    assert found.backend == "cpu"
+    assert found.reasons == {
+        "cuda": "add has no cuda kernel in this version",
+        "triton": "add has no triton kernel in this version",
+        "reference": "could run; cpu comes first",
+    }
+    printed = capsys.readouterr().out
+    assert printed.startswith("add: cpu runs\n")
+    assert all(reason in printed for reason in found.reasons.values())
+    found = ck.explain("add", X, bias=1.0)
+    assert found.backend == "reference"
+    assert found.reasons["cpu"] == "bias is not 0"
+    with ck.use_backend("reference"):
+        found = ck.explain("add", X)
+    assert found.backend == "reference"
+    assert found.reasons["cpu"] == "use_backend('reference') is in force"
+
+
+def test_explain_without_tensors(two):
+    assert ck.explain("add").backend == "cpu"
+
+
+def test_every_op_has_a_reference():
+    names = {
+        "color_affinity",
+        "neural_eigenspace",
+        "potts",
+        "random_walk",
+        "slic",
+        "superpixel_boundaries",
+        "transition_consistency",
+        "transition_matrix",
+        "upsample_losses",
+    }
+    assert names <= set(backends.ops())
+    for name in names:
+        assert "reference" in backends.available(name)
+        assert callable(getattr(ck, name))
+
+
+def test_import_without_extension_and_without_cuda():
+    """Import never fails: here the extension is hidden, and CUDA too."""
+    code = """
+import pathlib
+glob = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: [] if pattern.startswith("_C") else glob(self, pattern)
+import torch
+torch.cuda.is_available = lambda: False
+import cc4s_kernels as ck
+assert ck.backends.missing("cpu").startswith("the C++ extension is not built")
+q = torch.ones(3, 2)
+assert torch.equal(ck.random_walk(q, q, q), q)
+assert ck.explain("random_walk", q, q, q).backend == "reference"
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_extension_that_does_not_load_is_no_error(tmp_path, monkeypatch):
+    from cc4s_kernels import _library
+
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    assert _library._load_extension().startswith("the C++ extension does not load: ")
+
+
+def test_forcing_reaches_compiled_code():
+    """torch.compile guards on the forced backend: no stale choice."""
+    q = torch.ones(3, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(ck.random_walk, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, q, q), q)
+    absent = next(name for name in backends.BACKENDS if name not in backends.available("random_walk"))
+    with ck.use_backend(absent), pytest.raises(Exception, match="random_walk cannot run there"):
+        compiled(q, q, q)
+    assert torch.equal(compiled(q, q, q), q)
