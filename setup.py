@@ -28,6 +28,10 @@ def cpu_extension() -> dict:
         # No -march: instruction sets are chosen at run time, per function.
         extra_compile_args=[
             "-O3",
+            "-g0",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
             "-std=c++17",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             "-fvisibility=hidden",

@@ -87,15 +87,11 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="cc4s", description="Train and use segmenters from scribbles (CC4S).", allow_abbrev=False
-    )
+    parser = _Parser(prog="cc4s", description="Train and use segmenters from scribbles (CC4S).", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cc4s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, **options: Any
-    ) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, **options: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=text,
@@ -117,55 +113,39 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(train)
     train.add_argument("--stage", help="stop after this stage (ur, ss, ur2, ss2); all by default")
 
-    evaluate = add(
-        "evaluate", _evaluate, "Metrics of a checkpoint (ours or the authors') on the evaluation split."
-    )
+    evaluate = add("evaluate", _evaluate, "Metrics of a checkpoint (ours or the authors') on the evaluation split.")
     _add_recipe(evaluate, optional=True)
     evaluate.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE", help="a .pt or the authors' .pth.tar"
     )
     evaluate.add_argument("--data", metavar="DIR", help="the data folder; by default the one of the training")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON")
-    evaluate.add_argument(
-        "--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)"
-    )
+    evaluate.add_argument("--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)")
     _add_device_options(evaluate)
 
     predict = add("predict", _predict, "Masks and overlays for images of any size.")
     predict.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE", help="a .pt or the authors' .pth.tar"
     )
-    predict.add_argument(
-        "inputs", nargs="+", metavar="IMAGE", help="image files or folders; key=value words as in run"
-    )
-    predict.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="masks/ and overlays/ go here"
-    )
-    predict.add_argument(
-        "--scales", type=_numbers, metavar="S,S,...", help="scales of the multi-scale average"
-    )
+    predict.add_argument("inputs", nargs="+", metavar="IMAGE", help="image files or folders; key=value words as in run")
+    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="masks/ and overlays/ go here")
+    predict.add_argument("--scales", type=_numbers, metavar="S,S,...", help="scales of the multi-scale average")
     predict.add_argument(
         "--flip", action=argparse.BooleanOptionalAction, default=None, help="average with the mirrored image"
     )
     predict.add_argument("--window", type=int, metavar="PIXELS", help="side of the sliding window")
     predict.add_argument("--stride", type=float, metavar="SHARE", help="stride as a share of the window")
-    predict.add_argument(
-        "--long-side", type=int, metavar="PIXELS", help="long side at scale 1; 0 keeps the size"
-    )
+    predict.add_argument("--long-side", type=int, metavar="PIXELS", help="long side at scale 1; 0 keeps the size")
     predict.add_argument("--no-overlays", action="store_true", help="masks only")
     _add_device_options(predict)
 
     pseudo = add("pseudo-label", _pseudo_label, "Pseudo-labels of the training images from a checkpoint.")
     _add_recipe(pseudo, optional=True)
-    pseudo.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="a .pt or the authors' .pth.tar"
-    )
+    pseudo.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a .pt or the authors' .pth.tar")
     pseudo.add_argument("--data", metavar="DIR", help="the data folder; by default the one of the training")
     pseudo.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNGs")
     pseudo.add_argument("--threshold", type=float, metavar="P", help="least probability of a label")
-    pseudo.add_argument(
-        "--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)"
-    )
+    pseudo.add_argument("--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)")
     _add_device_options(pseudo)
 
     scribble = add("scribble", _scribble, "Make scribbles from masks, or shrink or drop existing ones.")
@@ -197,9 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     ladder = add("ladder", _ladder, "The ablation ladder: every part of the method on top of the one before.")
     _add_recipe(ladder)
     _add_run_options(ladder)
-    ladder.add_argument(
-        "--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per rung and seed"
-    )
+    ladder.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per rung and seed")
     ladder.add_argument(
         "--rungs",
         type=_names,
@@ -376,22 +354,21 @@ def _predict(arguments: argparse.Namespace) -> None:
         "long_side": arguments.long_side,
     }
     words += [f"inference.{key}={str(value).lower()}" for key, value in options.items() if value is not None]
-    count = predict_images(
-        _trained(arguments, words, None), images, arguments.out, overlays=not arguments.no_overlays
-    )
+    count = predict_images(_trained(arguments, words, None), images, arguments.out, overlays=not arguments.no_overlays)
     print(f"{count} masks: {arguments.out / 'masks'}")
 
 
 def _scribble(arguments: argparse.Namespace) -> None:
     from cc4s.data import drop_folder, generate_scribble_folder, shrink_folder
 
+    data, out = arguments.data, arguments.out
     if arguments.kind == "generate":
-        count = generate_scribble_folder(arguments.data, arguments.out, seed=arguments.seed)
+        count = generate_scribble_folder(data, out, arguments.seed, progress=True)
     elif arguments.kind == "shrink":
-        count = shrink_folder(arguments.data, arguments.out, arguments.ratio)
+        count = shrink_folder(data, out, arguments.ratio, progress=True)
     else:
-        count = drop_folder(arguments.data, arguments.out, arguments.ratio, seed=arguments.seed)
-    print(f"{count} scribbles: {arguments.out}")
+        count = drop_folder(data, out, arguments.ratio, arguments.seed, progress=True)
+    print(f"{count} scribbles: {out}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,8 +7,9 @@ section for the budget, then the method, then the preset, then the command line'
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ DATASETS = ("voc2012", "pascal_context", "acdc", "msrc21", "folder", "synthetic"
 METHODS = ("cc4s", "pce", "rw", "entropy", "consistency", "pseudo", "full")
 PRESETS = ("clean", "released")
 BUDGETS = ("smoke", "short", "full")
+RELAXATIONS = (
+    "bilinear",
+    "quadratic",
+    "normalized_quadratic",
+    "collision_cross_entropy",
+    "collision_divergence",
+    "log_quadratic",
+)
 KERNELS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -262,11 +271,6 @@ def _packaged(name: str) -> DictConfig:
         return _read_yaml(path)
 
 
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
-    return list(DATASETS)
-
-
 def _merge(config: DictConfig, layer: Any, source: str) -> DictConfig:
     """Merges one layer, turning a wrong key or type into one line that names it and its source."""
     try:
@@ -290,9 +294,7 @@ def _unknown_key(config: DictConfig, key: str, source: str) -> str:
 
 def _all_keys(config: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for key, value in (
-        OmegaConf.to_container(config).items() if not isinstance(config, dict) else config.items()
-    ):
+    for key, value in OmegaConf.to_container(config).items() if not isinstance(config, dict) else config.items():
         keys.append(prefix + str(key))
         if isinstance(value, dict):
             keys += _all_keys(value, prefix + str(key) + ".")
@@ -393,12 +395,13 @@ def validate(config: Config) -> None:
     consistency = config.loss.consistency
     _check_choice("loss.consistency.normalize", consistency.normalize, ("row", "column"))
     _check_choice("loss.consistency.reduction", consistency.reduction, ("clean", "released"))
+    _check_choice("loss.relaxation", config.loss.relaxation, RELAXATIONS)
     _check_choice("loss.color_norm", config.loss.color_norm, ("sum", "frobenius"))
     for transform in consistency.transforms:
         _check_choice("loss.consistency.transforms", transform, ("flip", "crop", "bands"))
     for key, low, high in _RANGES:
-        value = OmegaConf.select(OmegaConf.structured(config), key)
-        for item in value if isinstance(value, (list, tuple)) or OmegaConf.is_list(value) else [value]:
+        value = attrgetter(key)(config)
+        for item in value if isinstance(value, list) else [value]:
             if not low <= item <= high:
                 raise UserError(f"key {key}: got {item}, expected a value in [{low}, {high}]")
     if not config.inference.scales:
@@ -497,7 +500,7 @@ def _validate_stages(stages: list[StageConfig], head: str) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers, for checkpoints and JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    return asdict(config)
 
 
 def to_yaml(config: Config) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import cc4s_kernels.nn as ckn
 from cc4s.config import Config, StageConfig
 from cc4s.data import ignore_index
-from cc4s.transforms import STRIDE, ImageTransform
 from cc4s.models import frozen_statistics
 from cc4s.models.segmenter import cell_mask
+from cc4s.transforms import STRIDE, ImageTransform
 
 Batch = dict[str, Any]
 
@@ -70,9 +70,7 @@ class StageLoss(nn.Module):
         """Whether batches must hold `superpixels`."""
         return self.has_color or self.skip_boundaries
 
-    def global_counts(
-        self, micro: Sequence[Batch], transforms: Sequence[ImageTransform | None]
-    ) -> GlobalCounts:
+    def global_counts(self, micro: Sequence[Batch], transforms: Sequence[ImageTransform | None]) -> GlobalCounts:
         """Counts over all micro-batches of all processes: one all-reduce, before the first forward pass."""
         total = torch.stack(
             [self._counts(batch, transform) for batch, transform in zip(micro, transforms, strict=True)]
@@ -85,14 +83,8 @@ class StageLoss(nn.Module):
         positions = counts.images * 0
         if self.consistency is not None and transform is not None:
             mask = self._cells(batch["valid"])
-            shape = (
-                mask
-                if mask is not None
-                else batch["valid"].new_ones(len(batch["valid"]), self.grid, self.grid)
-            )
-            positions = self.consistency.count(
-                shape.flatten(1)[..., None], transform=transform.cells, mask=mask
-            )
+            shape = mask if mask is not None else batch["valid"].new_ones(len(batch["valid"]), self.grid, self.grid)
+            positions = self.consistency.count(shape.flatten(1)[..., None], transform=transform.cells, mask=mask)
         return torch.stack([*counts, positions])
 
     def _maps(self, batch: Batch) -> dict[str, Tensor | None]:
@@ -145,14 +137,13 @@ class StageLoss(nn.Module):
             statistics = nullcontext() if self.update_statistics else frozen_statistics(bare)
             with torch.no_grad(), statistics, autocast or nullcontext():
                 # The target pass is one more look at the same batch, not one more observation.
-                other = bare(
-                    transform.pixels(batch["image"]), None if valid is None else transform.pixels(valid)
-                )
+                other = bare(transform.pixels(batch["image"]), None if valid is None else transform.pixels(valid))
+            # A mixed-precision wrapper widens what it returns, the bare network does not.
             consistency = self.consistency.terms(
                 output.q,
                 output.k,
-                other.q,
-                other.k,
+                other.q.to(output.q.dtype),
+                other.k.to(output.k.dtype),
                 transform=transform.cells,
                 mask=self._cells(batch["valid"]),
                 normalizer=counts.positions,

@@ -73,7 +73,8 @@ def check_number(
     kinds = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: got {describe(value)}, expected {'an integer' if integer else 'a number'}")
-    if not math.isfinite(value) or not low <= value <= high:
+    # Comparisons, not math.isfinite: under torch.compile a number may be symbolic.
+    if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name}: got {value!r}, expected a finite value in [{low}, {high}]")
 
 
@@ -86,6 +87,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def may_read_values(tensor: Tensor) -> bool:
     """Whether a check may look at the values of `tensor`: not while tracing, on a GPU only with CC4S_KERNELS_CHECK=1
     (a look costs a device synchronisation)."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+    if (
+        torch.compiler.is_compiling()
+        or tensor.device.type == "meta"
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+    ):
         return False
     return tensor.device.type == "cpu" or os.environ.get("CC4S_KERNELS_CHECK") == "1"

@@ -26,9 +26,7 @@ def refuses_bias(x, *, bias=0.0):
 def registry(monkeypatch):
     """An empty registry on a machine where only what is registered as cpu or reference can run."""
     monkeypatch.setattr(backends, "_implementations", {})
-    monkeypatch.setattr(
-        backends, "missing", lambda name: "no CUDA device" if name in ("cuda", "triton") else None
-    )
+    monkeypatch.setattr(backends, "missing", lambda name: "no CUDA device" if name in ("cuda", "triton") else None)
     return backends
 
 
@@ -156,9 +154,7 @@ q = torch.ones(3, 2)
 assert torch.equal(ck.random_walk(q, q, q), q)
 assert ck.explain("random_walk", q, q, q).backend == "reference"
 """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import cc4s_kernels as ck
 from cc4s_kernels.nn import Counts
+from tests.ops.tester import CountingBackend
 
 CLASSES = 4
 SUPERPIXELS = 12
@@ -39,7 +41,7 @@ def grid_superpixels(size: int) -> Tensor:
 
 
 def make_batch(images: int = 3, size: int = 24, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
-    """Sparse labels (the last image has none), images of noisy rectangles, padding at the right of the first."""
+    """Sparse labels (the last image has none), noisy rectangles, padding at the right of the first image."""
     random = torch.Generator().manual_seed(seed)
     superpixels = grid_superpixels(size).expand(images, -1, -1).clone()
     colors = torch.randint(0, 150, (images, SUPERPIXELS, 3), generator=random)
@@ -51,9 +53,7 @@ def make_batch(images: int = 3, size: int = 24, seed: int = 0, dtype: torch.dtyp
     mask = torch.ones(images, size, size, dtype=torch.bool)
     mask[0, :, size - 5 :] = False
     logits = 2 * torch.randn(images, CLASSES, size // 4, size // 3, generator=random, dtype=torch.float64)
-    return Batch(
-        logits.to(dtype).requires_grad_(), labels.to(torch.uint8), image.to(torch.uint8), superpixels, mask
-    )
+    return Batch(logits.to(dtype).requires_grad_(), labels.to(torch.uint8), image.to(torch.uint8), superpixels, mask)
 
 
 def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,9 +74,7 @@ def default_map(superpixels: Tensor, mask: Tensor) -> Tensor:
         for i in range(height):
             for j in range(width):
                 around = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
-                same = all(
-                    grid[y][x] == grid[i][j] for y, x in around if 0 <= y < height and 0 <= x < width
-                )
+                same = all(grid[y][x] == grid[i][j] for y, x in around if 0 <= y < height and 0 <= x < width)
                 m[b, i, j] = float(grid[i][j] >= 0 and same)
     return m
 
@@ -124,7 +122,11 @@ def test_cross_entropy_is_that_of_torch(reduction: str, class_weight: list[float
     loss = ck.nn.PartialCrossEntropyLoss(reduction=reduction, class_weight=class_weight)
     weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
     expected = F.cross_entropy(
-        upsampled(batch.logits, batch.labels), batch.labels.long(), weight, ignore_index=255, reduction=reduction
+        upsampled(batch.logits, batch.labels),
+        batch.labels.long(),
+        weight,
+        ignore_index=255,
+        reduction=reduction,
     )
     assert_same(loss(batch.logits, batch.labels), expected, batch.logits)
 
@@ -134,9 +136,7 @@ def test_cross_entropy_of_each_image() -> None:
     each = ck.nn.PartialCrossEntropyLoss(reduction="none")(batch.logits, batch.labels)
     assert each.shape == (3,)
     assert each[-1] == 0
-    assert_same(
-        each.sum(), ck.nn.PartialCrossEntropyLoss(reduction="sum")(batch.logits, batch.labels), batch.logits
-    )
+    assert_same(each.sum(), ck.nn.PartialCrossEntropyLoss(reduction="sum")(batch.logits, batch.labels), batch.logits)
 
 
 @pytest.mark.parametrize("ignore_index", [255, -100])
@@ -161,9 +161,7 @@ def test_entropy_is_a_weighted_mean() -> None:
     assert_same(loss(batch.logits, weight), (weight * entropy).sum() / weight.sum(), batch.logits)
     assert_same(loss(batch.logits, size=(24, 24)), entropy.mean(), batch.logits)
     inside = weight * batch.mask
-    assert_same(
-        loss(batch.logits, weight, mask=batch.mask), (inside * entropy).sum() / inside.sum(), batch.logits
-    )
+    assert_same(loss(batch.logits, weight, mask=batch.mask), (inside * entropy).sum() / inside.sum(), batch.logits)
     assert_same(loss(batch.logits), pixel_entropy(batch.logits, batch.logits).mean(), batch.logits)
     each = ck.nn.SoftEntropyLoss(reduction="none")(batch.logits, weight)
     assert_same(each, (weight * entropy).sum((1, 2)), batch.logits)
@@ -252,9 +250,7 @@ def separate(batch: Batch, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         ck.nn.PartialCrossEntropyLoss(**options)(batch.logits, batch.labels, batch.mask),
         ck.nn.SoftEntropyLoss(**options)(batch.logits, superpixels=batch.superpixels, mask=batch.mask),
-        ck.nn.ColorConstraintLoss(SUPERPIXELS, **options)(
-            batch.logits, batch.image, batch.superpixels, batch.mask
-        ),
+        ck.nn.ColorConstraintLoss(SUPERPIXELS, **options)(batch.logits, batch.image, batch.superpixels, batch.mask),
     )
 
 
@@ -298,7 +294,7 @@ def test_scribble_loss_without_color_needs_no_image() -> None:
     ce = ck.nn.PartialCrossEntropyLoss()(batch.logits, batch.labels)
     entropy = ck.nn.SoftEntropyLoss()(batch.logits, size=(24, 24))
     assert_same(terms.total, ce + entropy, batch.logits)
-    with pytest.raises(ValueError, match="image: got None, .*color=1.0"):
+    with pytest.raises(ValueError, match=r"image: got None, .*color=1\.0"):
         ck.nn.ScribbleLoss()(batch.logits, batch.labels)
 
 
@@ -370,9 +366,7 @@ def test_empty_batch_gives_zero() -> None:
 def test_gradcheck() -> None:
     batch = make_batch(size=12)
     loss = scribble_loss()
-    assert torch.autograd.gradcheck(
-        lambda logits: loss(logits, batch.labels, batch.image, **maps(batch)), batch.logits
-    )
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, batch.labels, batch.image, **maps(batch)), batch.logits)
 
 
 def test_half_precision_logits_and_autocast() -> None:
@@ -385,15 +379,19 @@ def test_half_precision_logits_and_autocast() -> None:
     assert torch.equal(value, loss(wide.logits, wide.labels, wide.image, **maps(wide)))
 
 
-def test_compiles_without_graph_breaks() -> None:
+@pytest.mark.parametrize("given_superpixels", [True, False])
+def test_compiles_without_graph_breaks(given_superpixels: bool) -> None:
     batch = make_batch(dtype=torch.float32)
     loss = scribble_loss()
+    inputs = maps(batch) if given_superpixels else {"mask": batch.mask}
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got = compiled(batch.logits, batch.labels, batch.image, **maps(batch))
-    expected = loss(batch.logits, batch.labels, batch.image, **maps(batch))
+    counter = CountingBackend()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    got = compiled(batch.logits, batch.labels, batch.image, **inputs)
+    expected = loss(batch.logits, batch.labels, batch.image, **inputs)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient(got, batch.logits), gradient(expected, batch.logits))
+    assert (counter.forward, counter.backward) == (1, 1)
 
 
 # ---- Potts
@@ -406,7 +404,28 @@ def test_potts_on_superpixels_is_the_color_loss(relaxation: str) -> None:
     potts = ck.nn.PottsLoss(relaxation=relaxation)(batch.logits, graph, superpixels=batch.superpixels)
     color = ck.nn.ColorConstraintLoss(SUPERPIXELS, relaxation=relaxation)
     assert potts.item() > 0
-    torch.testing.assert_close(color(batch.logits, batch.image, batch.superpixels), 4 * potts)
+    torch.testing.assert_close(color(batch.logits, batch.image, batch.superpixels), potts)
+
+
+def test_potts_on_a_grid_is_a_mean_of_squared_differences() -> None:
+    batch = make_batch()
+    prob = upsampled(batch.logits, batch.labels).softmax(1)
+    across = (prob[..., 1:] - prob[..., :-1]).square().sum(1).flatten(1)
+    down = (prob[..., 1:, :] - prob[..., :-1, :]).square().sum(1).flatten(1)
+    expected = torch.cat([across, down], 1).mean(1)
+    grid = ck.pixel_grid(24, 24)
+    assert_same(ck.nn.PottsLoss(reduction="none")(batch.logits, grid), expected, batch.logits)
+    loss = ck.nn.PottsLoss()
+    assert_same(loss(batch.logits, grid), expected.mean(), batch.logits)
+    assert_same(loss(batch.logits, grid, normalizer=6), expected.sum() / 6, batch.logits)
+    assert loss.count(batch.logits).item() == 3
+    with pytest.raises(ValueError, match="superpixels: got a tensor with a grid"):
+        loss(batch.logits, grid, batch.superpixels)
+    with pytest.raises(TypeError, match="graph_or_grid: got int"):
+        loss(batch.logits, 4)
+    graph = ck.color_affinity(batch.image, batch.superpixels, SUPERPIXELS)
+    with pytest.raises(TypeError, match="superpixels: got NoneType"):
+        loss(batch.logits, graph)
 
 
 # ---- the global batch
@@ -423,7 +442,7 @@ def test_micro_batches_add_up_to_the_batch(cuts: list[int], seed: int) -> None:
     batch = make_batch(5, size=12, seed=seed)
     loss = scribble_loss(class_weight=[1.0, 0.5, 2.0, 3.0])
     edges = [0, *sorted(cuts), 5]
-    parts = [batch.part(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [batch.part(slice(a, b)) for a, b in itertools.pairwise(edges)]
     counts = [loss.counts(p.labels, p.image, **maps(p)) for p in parts]
     normalizer = ck.nn.global_counts(counts)
     losses = [loss(p.logits, p.labels, p.image, **maps(p), normalizer=normalizer) for p in parts]
@@ -431,9 +450,7 @@ def test_micro_batches_add_up_to_the_batch(cuts: list[int], seed: int) -> None:
     # 1e-6: the counts are float32.
     expected = loss(batch.logits, batch.labels, batch.image, **maps(batch))
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        gradient(total, batch.logits), whole_gradient(batch, loss), rtol=1e-5, atol=1e-10
-    )
+    torch.testing.assert_close(gradient(total, batch.logits), whole_gradient(batch, loss), rtol=1e-5, atol=1e-10)
 
 
 def test_normalizers_of_single_losses() -> None:
@@ -489,7 +506,7 @@ def make_net() -> Net:
 
 
 def backward_of_parts(net: nn.Module, parts: list[Batch]) -> float:
-    """One step: counts of all micro-batches first, then one backward pass each. Returns the sum of the losses."""
+    """One step: counts of all micro-batches, then one backward pass each. Returns the sum of the losses."""
     loss = scribble_loss()
     normalizer = ck.nn.global_counts([loss.counts(p.labels, p.image, **maps(p)) for p in parts])
     total = 0.0
@@ -505,21 +522,21 @@ def backward_of_parts(net: nn.Module, parts: list[Batch]) -> float:
 
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         net = nn.parallel.DistributedDataParallel(make_net())
         batch = make_batch(6)
         # Uneven: the last image, on rank 1, has no label, and the first, on rank 0, has padding.
-        mine = [batch.part(slice(0, 1)), batch.part(slice(1, 3))] if rank == 0 else [
-            batch.part(slice(3, 5)),
-            batch.part(slice(5, 6)),
-        ]
-        value = backward_of_parts(net, mine)
-        torch.save(
-            {"loss": value, "gradients": [p.grad for p in net.parameters()]}, f"{folder}/rank{rank}.pt"
+        mine = (
+            [batch.part(slice(0, 1)), batch.part(slice(1, 3))]
+            if rank == 0
+            else [
+                batch.part(slice(3, 5)),
+                batch.part(slice(5, 6)),
+            ]
         )
+        value = backward_of_parts(net, mine)
+        torch.save({"loss": value, "gradients": [p.grad for p in net.parameters()]}, f"{folder}/rank{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -587,6 +604,13 @@ def test_wrong_options(make: Any, error: type[Exception], message: str) -> None:
         ({"image": torch.zeros(3, 3, 24, 23, dtype=torch.uint8)}, ValueError, r"image: .*\(3, 3, 24, 24\)"),
         ({"image": torch.zeros(3, 2, 24, 24, dtype=torch.uint8)}, ValueError, "image: .* 3 channels"),
         ({"image": torch.zeros(3, 3, 24, 24, dtype=torch.int32)}, TypeError, "image: .* uint8"),
+        ({"image": torch.full((3, 3, 24, 24), -0.5)}, ValueError, r"image: got values from -0.5"),
+        ({"image": torch.full((3, 3, 24, 24), math.nan)}, ValueError, r"image: .*expected \[0, 1\]"),
+        (
+            {"superpixels": torch.zeros(3, 24, 24, dtype=torch.uint8)},
+            TypeError,
+            "superpixels: .* torch.int32",
+        ),
         ({"superpixels": torch.zeros(3, 24, 24)}, TypeError, "superpixels: .* torch.int32"),
         ({"superpixels": torch.zeros(3, 23, 24, dtype=torch.int32)}, ValueError, "superpixels: .* labels"),
         ({"superpixels": torch.full((3, 24, 24), 12)}, ValueError, "superpixels: got ids from 12"),

@@ -80,6 +80,7 @@ def test_crop_selects_positions():
         (ValueError, "height: got 0", lambda: Flip(0, 3)),
         (TypeError, "width: got float", lambda: Flip(2, 3.0)),
         (ValueError, r"left: got 2.*\[0, 1\]", lambda: Crop(4, 5, 0, 2, 2, 4)),
+        (ValueError, r"crop_height: got 5.*\[1, 4\]", lambda: Crop(4, 5, 0, 0, 5, 4)),
         (ValueError, "top: got -1", lambda: Crop(4, 5, -1, 0, 2, 4)),
         (ValueError, r"x: got shape \(1, 7\).*N = 6", lambda: Flip(2, 3).of_target(torch.zeros(1, 7))),
         (ValueError, r"x: .*N = 8", lambda: Crop(4, 5, 0, 0, 2, 4).of_target(torch.zeros(1, 20))),
@@ -112,9 +113,7 @@ def test_loss_and_gradient_are_those_of_dense_matrices(transform, normalize):
     expected = dense_loss(torch.softmax(scores, -1), torch.softmax(target_scores, -1), 0.7, 1.9)
     # float64 sums of 400 terms.
     assert_matches("loss", got.detach(), expected.detach(), atol=1e-13)
-    assert_gradients_match(
-        torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-13
-    )
+    assert_gradients_match(torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-13)
 
 
 @pytest.mark.parametrize("preset", ["clean", "released"])
@@ -153,14 +152,10 @@ def released_flip_loss(q, k, q_target, k_target, height, width):
 
 def test_released_preset_is_the_released_code():
     q, k, q_target, k_target = draw_views(batch=3)
-    got = EigenspaceConsistencyLoss(preset="released")(
-        q, k, q_target, k_target, transform=Flip(HEIGHT, WIDTH)
-    )
+    got = EigenspaceConsistencyLoss(preset="released")(q, k, q_target, k_target, transform=Flip(HEIGHT, WIDTH))
     expected = released_flip_loss(q, k, q_target, k_target, HEIGHT, WIDTH)
     assert_matches("loss", got.detach(), expected.detach(), atol=1e-14)
-    assert_gradients_match(
-        torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-14
-    )
+    assert_gradients_match(torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-14)
 
 
 def test_released_crop_band():
@@ -193,9 +188,7 @@ def test_masked_positions_do_not_count():
         total = total + int(kept.sum()) * dense_loss(p[None], target[None], 0.7, 1.9)
     expected = total / count
     assert_matches("loss", got.detach(), expected.detach(), atol=1e-14)
-    assert_gradients_match(
-        torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-14
-    )
+    assert_gradients_match(torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), atol=1e-14)
     assert float(loss.count(q, transform=transform, mask=mask)) == count
 
 
@@ -229,11 +222,20 @@ def test_reductions_and_normalizer(preset):
     assert float(count) == (3 if preset == "released" else int(mask.sum()))
     # Micro-batches with the global count add up to the whole batch.
     whole = run()
-    parts = run(part=slice(0, 1), normalizer=global_count(count)) + run(
-        part=slice(1, 3), normalizer=int(count)
-    )
+    parts = run(part=slice(0, 1), normalizer=global_count(count)) + run(part=slice(1, 3), normalizer=int(count))
     assert_matches("micro-batches", parts.detach(), whole.detach(), atol=1e-13)
     assert run(normalizer=0).item() == 0
+
+
+@pytest.mark.parametrize("preset", ["clean", "released"])
+def test_terms_are_the_parts_of_the_loss(preset):
+    views = draw_views()
+    loss = EigenspaceConsistencyLoss(kl_weight=0.7, trace_weight=1.9, preset=preset)
+    terms = loss.terms(*views, transform=Flip(HEIGHT, WIDTH))
+    assert torch.equal(terms.total, loss(*views, transform=Flip(HEIGHT, WIDTH)))
+    for name, weights in (("kl", (1.0, 0.0)), ("trace", (0.0, 1.0))):
+        alone = EigenspaceConsistencyLoss(*weights, preset=preset)(*views, transform=Flip(HEIGHT, WIDTH))
+        assert_matches(name, getattr(terms, name).detach(), alone.detach(), atol=1e-15)
 
 
 def test_half_precision_and_autocast_compute_in_float32():
@@ -261,9 +263,7 @@ def test_loss_compiles(transform):
     got = compiled(*views, transform=transform, mask=mask)
     # A few roundings of float32.
     assert_matches("loss", got.detach(), expected.detach(), atol=1e-5)
-    assert_gradients_match(
-        torch.autograd.grad(got, views[:2]), torch.autograd.grad(expected, views[:2]), atol=1e-6
-    )
+    assert_gradients_match(torch.autograd.grad(got, views[:2]), torch.autograd.grad(expected, views[:2]), atol=1e-6)
     assert counter.forward == counter.backward == 1
 
 
@@ -369,6 +369,8 @@ def test_shrink(shrink, masked):
     assert q.shape == (2, 12, 2)
     coarse = x[:, :, ::shrink, ::shrink]
     coarse_mask = mask[:, ::shrink, ::shrink] if masked else None
+    if masked:
+        assert torch.equal(module.grid_mask(mask), coarse_mask)
     y, _, _ = dense_walk(module, coarse, coarse_mask)
     y = F.interpolate(y, (height, width), mode="bilinear", align_corners=True)
     if masked:
@@ -376,9 +378,7 @@ def test_shrink(shrink, masked):
     assert_matches("z", z.detach(), (x + 0.7 * y).detach(), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "shrink"), [(6, 9, 2), (1, 5, 2), (4, 4, 3), (59, 59, 2), (5, 6, 8)]
-)
+@pytest.mark.parametrize(("height", "width", "shrink"), [(6, 9, 2), (1, 5, 2), (4, 4, 3), (59, 59, 2), (5, 6, 8)])
 def test_shrink_of_any_size(height, width, shrink):
     module = build_walk(channels=8, shrink=shrink)
     x = features(1, 8, height, width, seed=1)

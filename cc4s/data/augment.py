@@ -19,8 +19,7 @@ def check_augment(config: AugmentConfig) -> None:
         raise UserError(f"augment.crop: {config.crop}; expected a positive number of pixels")
     if not 0 < config.scale_min <= config.scale_max < np.inf:
         raise UserError(
-            f"augment.scale_min, augment.scale_max: {config.scale_min}, {config.scale_max}; "
-            "expected 0 < min <= max"
+            f"augment.scale_min, augment.scale_max: {config.scale_min}, {config.scale_max}; expected 0 < min <= max"
         )
     if not 0 <= config.rotation <= 180:
         raise UserError(f"augment.rotation: {config.rotation}; expected degrees from 0 to 180")
@@ -77,9 +76,7 @@ def augment(
         turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
         size = (width, height)
         # The border is replicated, so that neither rotation nor blur mixes padding into the image.
-        image = _planes(
-            cv2.warpAffine(image, turn, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        )
+        image = _planes(cv2.warpAffine(image, turn, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
         label = cv2.warpAffine(label, turn, size, flags=cv2.INTER_NEAREST, borderValue=(ignore,))
         valid = cv2.warpAffine(valid, turn, size, flags=cv2.INTER_NEAREST, borderValue=(0,))
     if blurred < config.blur_prob:

@@ -52,12 +52,8 @@ def check_dataset(
             verify_png(entry.image)
         drawn = labelled = False
         if training and scribbles:
-            path = _existing(
-                entry.scribble, dataset.scribble_folder, entry, "training scribble (.png, .xml, .json)"
-            )
-            drawn = bool(
-                (_read(path, entry, image, lambda: read_scribble(path, entry.classes, count)) != ignore).any()
-            )
+            path = _existing(entry.scribble, dataset.scribble_folder, entry, "training scribble (.png, .xml, .json)")
+            drawn = bool((_read(path, entry, image, lambda: read_scribble(path, entry.classes, count)) != ignore).any())
         if not training or labels:
             mask_path = _existing(entry.label, dataset.label_folder, entry, "mask")
             mask = _read(mask_path, entry, image, lambda: read_index_png(mask_path, count))
@@ -81,13 +77,9 @@ def check_dataset(
 
     trained, evaluated = results[: len(dataset.train)], results[len(dataset.train) :]
     if scribbles and trained:
-        _check_drawn(
-            [entry.name for entry in dataset.train], [drawn for drawn, _ in trained], dataset.scribble_folder
-        )
+        _check_drawn([entry.name for entry in dataset.train], [drawn for drawn, _ in trained], dataset.scribble_folder)
     if labels and trained and not any(labelled for _, labelled in trained):
-        raise UserError(
-            f"{dataset.label_folder}: no labelled pixel in the masks of all {len(trained)} training images"
-        )
+        raise UserError(f"{dataset.label_folder}: no labelled pixel in the masks of all {len(trained)} training images")
     if evaluated and not any(labelled for _, labelled in evaluated):
         raise UserError(
             f"{dataset.label_folder}: no labelled pixel in the masks of all {len(evaluated)} images of "
@@ -118,6 +110,4 @@ def _check_drawn(names: Sequence[str], drawn: Sequence[bool], folder: Path) -> N
     if len(empty) == len(names):
         raise UserError(f"{folder}: no scribbled pixel in all {len(names)} training images")
     if empty:
-        logger.warning(
-            "%d of %d training images have no scribbled pixel (first: %s)", len(empty), len(names), empty[0]
-        )
+        logger.warning("%d of %d training images have no scribbled pixel (first: %s)", len(empty), len(names), empty[0])

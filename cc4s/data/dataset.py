@@ -140,9 +140,7 @@ def check_stamp(path: Path, settings: dict[str, int], *, write: bool) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable: {error}") from error
         if found != settings:
-            raise UserError(
-                f"{path}: generated with {found}, but this run asks for {settings}; choose another folder"
-            )
+            raise UserError(f"{path}: generated with {found}, but this run asks for {settings}; choose another folder")
     elif write:
         atomic_write_json(path, settings)
 
@@ -314,9 +312,7 @@ def data_root(config: DataConfig) -> Path:
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise UserError(
-            f"{root}: no such folder (data.root)"
-            if not root.exists()
-            else f"{root}: not a folder (data.root)"
+            f"{root}: no such folder (data.root)" if not root.exists() else f"{root}: not a folder (data.root)"
         )
     return root
 
@@ -339,9 +335,7 @@ def channel_statistics(config: DataConfig) -> tuple[Array, Array]:
         if len(values) not in (1, config.channels):
             raise UserError(f"data.{key}: {len(values)} values for {config.channels} channels")
         if not np.isfinite(values).all() or (key == "std" and min(values) <= 0):
-            raise UserError(
-                f"data.{key}: {values}; expected {'positive' if key == 'std' else 'finite'} numbers"
-            )
+            raise UserError(f"data.{key}: {values}; expected {'positive' if key == 'std' else 'finite'} numbers")
         result.append(np.resize(np.array(values, np.float32), config.channels))
     return result[0], result[1]
 

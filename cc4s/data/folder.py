@@ -39,9 +39,7 @@ def open_folder(config: DataConfig, splits: Sequence[str]) -> Dataset:
     root = data_root(config)
     classes = class_names(config, root / "classes.json")
     # An absolute path stands for itself.
-    scribble_folder = root / (
-        "scribbles" if config.scribbles == GENERATE else Path(config.scribbles).expanduser()
-    )
+    scribble_folder = root / ("scribbles" if config.scribbles == GENERATE else Path(config.scribbles).expanduser())
     images = image_finder(root / "images")
     labels = Finder(root / "labels", (".png",))
     scribbles = scribble_finder(scribble_folder)
@@ -50,9 +48,7 @@ def open_folder(config: DataConfig, splits: Sequence[str]) -> Dataset:
         found: list[Entry] = []
         for line in read_list(path, key):
             if "/" in line:
-                raise UserError(
-                    f"{path}: '{line}' is a path; expected the name of a file in {root / 'images'}"
-                )
+                raise UserError(f"{path}: '{line}' is a path; expected the name of a file in {root / 'images'}")
             name, suffix = split_suffix(line)
             image = images.find(name, suffix)
             if image is None and suffix:

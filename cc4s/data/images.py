@@ -87,9 +87,7 @@ def read_image(path: str | Path, channels: int = 3) -> Array:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape:
-        raise UserError(
-            f"{path}: array of shape {pixels.shape}; expected (height, width) or (height, width, channels)"
-        )
+        raise UserError(f"{path}: array of shape {pixels.shape}; expected (height, width) or (height, width, channels)")
     pixels = _to_unit(path, pixels)
     found = pixels.shape[2]
     if found == channels:
@@ -140,12 +138,12 @@ def _plain_array(image: Image.Image) -> Array:
     image.load()
     mode = image.mode
     if mode in ("L", "RGB", "F", "I") or mode.startswith("I;16"):
-        return np.asarray(image)
+        return np.array(image)
     if mode in ("1", "LA", "La"):
-        return np.asarray(image.convert("L"))
+        return np.array(image.convert("L"))
     if mode == "P" and "transparency" in image.info:
-        return np.asarray(image.convert("RGBA").convert("RGB"))
-    return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGBA").convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _decode_deep(path: Path, data: bytes) -> Array:
@@ -162,9 +160,7 @@ def _stack_pages(path: Path, image: Image.Image, pages: int) -> Array:
         stack.append(_plain_array(image))
     shapes = {page.shape for page in stack}
     if len(shapes) != 1 or stack[0].ndim != 2:
-        raise UserError(
-            f"{path}: a TIFF with several pages has to hold one grey page of one size per channel"
-        )
+        raise UserError(f"{path}: a TIFF with several pages has to hold one grey page of one size per channel")
     return np.stack(stack, axis=2)
 
 
@@ -172,9 +168,7 @@ def _decode_wide_tiff(path: Path, data: bytes) -> Array:
     try:
         import tifffile
     except ImportError:
-        raise UserError(
-            f"{path}: not a TIFF that Pillow reads; install tifffile, or save it as .npy"
-        ) from None
+        raise UserError(f"{path}: not a TIFF that Pillow reads; install tifffile, or save it as .npy") from None
     try:
         return np.asarray(tifffile.imread(io.BytesIO(data)))
     except Exception as error:
@@ -196,9 +190,7 @@ def _to_unit(path: Path, pixels: Array) -> Array:
         if not np.isfinite(pixels).all():
             raise UserError(f"{path}: holds values that are not finite")
         if pixels.min() < 0 or pixels.max() > 1:
-            raise UserError(
-                f"{path}: floats from {pixels.min():g} to {pixels.max():g}; expected floats in [0, 1]"
-            )
+            raise UserError(f"{path}: floats from {pixels.min():g} to {pixels.max():g}; expected floats in [0, 1]")
         return pixels.astype(np.float32)
     raise UserError(f"{path}: values of type {pixels.dtype}; expected 8-bit, 16-bit, or floats in [0, 1]")
 
@@ -256,17 +248,15 @@ def decode_index_png(path: Path, data: bytes) -> tuple[Array, Array | None]:
         if mode == "1":
             return np.asarray(image).astype(np.uint8), None
         if mode == "L":
-            return np.asarray(image), None
+            return np.array(image), None
         if mode == "P":
             colours = image.getpalette("RGB") or []
-            return np.asarray(image), np.asarray(colours, np.uint8).reshape(-1, 3)
+            return np.array(image), np.asarray(colours, np.uint8).reshape(-1, 3)
         if mode.startswith("I"):
             return np.asarray(image).astype(np.uint16), None
     except _DECODE_ERRORS as error:
         raise UserError(f"{path}: corrupt or truncated image: {_one_line(error)}") from error
-    raise UserError(
-        f"{path}: a colour image (mode {mode}) where a PNG of class indices (palette or grey) is expected"
-    )
+    raise UserError(f"{path}: a colour image (mode {mode}) where a PNG of class indices (palette or grey) is expected")
 
 
 def check_index_range(path: Path, mask: Array, num_classes: int) -> Array:

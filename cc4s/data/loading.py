@@ -36,9 +36,7 @@ def normalize(image: Tensor, config: DataConfig) -> Tensor:
     """
     mean, std = channel_statistics(config)
     if image.ndim < 3 or image.shape[-3] != config.channels:
-        raise ValueError(
-            f"image: shape {tuple(image.shape)}, expected (..., {config.channels}, height, width)"
-        )
+        raise ValueError(f"image: shape {tuple(image.shape)}, expected (..., {config.channels}, height, width)")
     shape = (config.channels, 1, 1)
     centre = torch.from_numpy(mean).to(image).reshape(shape)
     return (image - centre) / torch.from_numpy(std).to(image).reshape(shape)
@@ -104,9 +102,7 @@ class TrainingSet(TorchDataset[dict[str, Any]]):
         pixels = read_image(entry.image, self.data.channels)
         label = self._label(entry)
         if label.shape != pixels.shape[:2]:
-            raise UserError(
-                f"{entry.image}: image of {pixels.shape[:2]}, label of {label.shape} (height, width)"
-            )
+            raise UserError(f"{entry.image}: image of {pixels.shape[:2]}, label of {label.shape} (height, width)")
         fill = np.rint(self.mean * 255) if pixels.dtype == np.uint8 else self.mean
         crop, label, valid = augment(
             pixels,
@@ -169,9 +165,7 @@ class EvaluationSet(TorchDataset[dict[str, Any]]):
         image = to_unit_float(read_image(entry.image, self.data.channels))
         label = None if entry.label is None else _label_tensor(read_index_png(entry.label, self.num_classes))
         if label is not None and label.shape != image.shape[:2]:
-            raise UserError(
-                f"{entry.label}: {tuple(label.shape)}, but the image is {image.shape[:2]} (height, width)"
-            )
+            raise UserError(f"{entry.label}: {tuple(label.shape)}, but the image is {image.shape[:2]} (height, width)")
         return {"name": entry.name, "image": _channels_first(image), "label": label}
 
 

@@ -71,9 +71,7 @@ def generate_scribbles(
     for value in np.unique(label):
         if value == ignore:
             continue
-        count, regions, boxes, _ = cv2.connectedComponentsWithStats(
-            (label == value).astype(np.uint8), connectivity=4
-        )
+        count, regions, boxes, _ = cv2.connectedComponentsWithStats((label == value).astype(np.uint8), connectivity=4)
         for region in range(1, count):
             left, top, box_width, box_height, area = (int(number) for number in boxes[region])
             if area < smallest:
@@ -176,10 +174,7 @@ def _hand(places: Array, depth: Array, path: Array, rng: np.random.Generator) ->
     if len(line) < 4:
         return line
     along = np.gradient(line, axis=0)
-    across = (
-        np.stack([-along[:, 1], along[:, 0]], axis=1)
-        / np.maximum(np.linalg.norm(along, axis=1), 1e-6)[:, None]
-    )
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1) / np.maximum(np.linalg.norm(along, axis=1), 1e-6)[:, None]
     sway = gaussian_filter1d(rng.standard_normal(len(line)), max(2.0, len(line) / 7), mode="reflect")
     sway /= max(float(np.abs(sway).max()), 1e-6)
     room = gaussian_filter1d(np.minimum(depth[path], 8.0), 2.0, mode="nearest")
@@ -191,9 +186,7 @@ def _strokes(scribble: Array, ignore: int) -> Iterator[tuple[int, Array, tuple[s
     for value in np.unique(scribble):
         if value == ignore:
             continue
-        count, parts, boxes, _ = cv2.connectedComponentsWithStats(
-            (scribble == value).astype(np.uint8), connectivity=8
-        )
+        count, parts, boxes, _ = cv2.connectedComponentsWithStats((scribble == value).astype(np.uint8), connectivity=8)
         for part in range(1, count):
             left, top, width, height = (int(number) for number in boxes[part, :4])
             window = (slice(top, top + height), slice(left, left + width))
@@ -315,8 +308,9 @@ def shrink_folder(
 ) -> int:
     """Writes the scribbles of a folder to `out`, every stroke shrunk; see `shrink_scribbles`.
 
-    PNGs keep their palette. XML and JSON strokes become PNGs and need `classes`. Arguments, result and errors
-    otherwise as for `generate_scribble_folder`.
+    `scribbles` may also be a dataset folder with `scribbles/` in it. PNGs keep their palette. XML and JSON strokes
+    become PNGs and need `classes`, or classes.json in the dataset folder. Arguments, result and errors otherwise as
+    for `generate_scribble_folder`.
     """
     check_ratio(ratio)
 
@@ -324,7 +318,7 @@ def shrink_folder(
         mask, palette = _read_strokes(path, classes)
         return encode_index_png(shrink_scribbles(mask, ratio, ignore=_ignore(mask)), palette)
 
-    files = _list_files(Path(scribbles), SCRIBBLE_SUFFIXES, "scribbles (.png, .xml, .json)")
+    files, classes = _scribble_files(Path(scribbles), classes)
     return _write_folder(files, Path(out), make, "shrinking scribbles", progress)
 
 
@@ -349,8 +343,16 @@ def drop_folder(
         kept = drop_scribbles(mask, ratio, name_rng(seed, path.stem), ignore=_ignore(mask))
         return encode_index_png(kept, palette)
 
-    files = _list_files(Path(scribbles), SCRIBBLE_SUFFIXES, "scribbles (.png, .xml, .json)")
+    files, classes = _scribble_files(Path(scribbles), classes)
     return _write_folder(files, Path(out), make, "dropping scribbles", progress)
+
+
+def _scribble_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Sequence[str]]:
+    """The scribbles of a folder, or of a dataset folder with `scribbles/` and classes.json in it."""
+    classes = classes or _class_names(folder / "classes.json")
+    if (folder / "scribbles").is_dir():
+        folder = folder / "scribbles"
+    return _list_files(folder, SCRIBBLE_SUFFIXES, "scribbles (.png, .xml, .json)"), classes
 
 
 def _ignore(mask: Array) -> int:
@@ -375,9 +377,7 @@ def _read_strokes(path: Path, classes: Sequence[str]) -> tuple[Array, Array | No
 def _list_files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name[0] != "."
-    )
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name[0] != ".")
     if not files:
         raise UserError(f"{folder}: no {what} in it")
     stems: dict[str, Path] = {}
@@ -388,9 +388,7 @@ def _list_files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path
     return files
 
 
-def _write_folder(
-    files: list[Path], out: Path, make: Callable[[Path], bytes], title: str, progress: bool
-) -> int:
+def _write_folder(files: list[Path], out: Path, make: Callable[[Path], bytes], title: str, progress: bool) -> int:
     """Makes everything, compares it with what is in `out`, then writes what is missing."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: exists and is no folder")
@@ -402,9 +400,7 @@ def _write_folder(
     foreign = there - {f"{path.stem}.png" for path in files}
     if foreign:
         raise UserError(f"{out}: the output folder holds other files ({min(foreign)}); choose an empty one")
-    made = {
-        f"{path.stem}.png": make(path) for path in tqdm(files, desc=title, unit="image", disable=not progress)
-    }
+    made = {f"{path.stem}.png": make(path) for path in tqdm(files, desc=title, unit="image", disable=not progress)}
     for name in sorted(there):
         if (out / name).read_bytes() != made[name]:
             raise UserError(f"{out / name}: exists with other content; choose an empty output folder")

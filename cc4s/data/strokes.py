@@ -87,9 +87,7 @@ class _Canvas:
 
     def disc(self, centre: Array, radius: float, value: int) -> None:
         self._check(centre[None])
-        cv2.circle(
-            self.mask, _pair(np.rint(centre * 8)), max(1, round(radius * 8)), value, cv2.FILLED, shift=3
-        )
+        cv2.circle(self.mask, _pair(np.rint(centre * 8)), max(1, round(radius * 8)), value, cv2.FILLED, shift=3)
 
     def _check(self, points: Array) -> None:
         if not np.isfinite(points).all() or np.abs(points).max() > 1e6:

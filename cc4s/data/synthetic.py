@@ -65,8 +65,7 @@ def _shape(rows: Array, columns: Array, size: int, rng: np.random.Generator) -> 
         sector = 2 * np.pi / corners
         return reach * np.cos((angle + np.pi) % sector - sector / 2) < radius * 0.9
     bumps = sum(
-        rng.normal(0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
-        for order in range(2, 6)
+        rng.normal(0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi)) for order in range(2, 6)
     )
     return reach < radius * (1 + bumps)
 
@@ -113,9 +112,7 @@ def _rgb(hue: float, saturation: float, value: float) -> Array:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, min(1.0, saturation), min(1.0, value)))
 
 
-def open_synthetic(
-    config: DataConfig, seed: int, work: Path, splits: Sequence[str], progress: bool
-) -> Dataset:
+def open_synthetic(config: DataConfig, seed: int, work: Path, splits: Sequence[str], progress: bool) -> Dataset:
     """Draws the set into `work/synthetic` (files that are there stay) and opens it in the plain layout."""
     if config.synthetic_train < 1 or config.synthetic_eval < 1:
         raise UserError("data.synthetic_train, data.synthetic_eval: expected at least one image each")

@@ -145,9 +145,7 @@ def open_voc(config: DataConfig, splits: Sequence[str]) -> Dataset:
     scribbles = scribble_finder(scribble_folder)
 
     def list_paths(name: str) -> list[Path]:
-        names = dict.fromkeys(
-            [name, *(("train_aug", "trainaug") if name in ("train_aug", "trainaug") else ())]
-        )
+        names = dict.fromkeys([name, *(("train_aug", "trainaug") if name in ("train_aug", "trainaug") else ())])
         return [root / "ImageSets" / folder / f"{item}.txt" for folder in list_names for item in names]
 
     def entries(name: str, key: str, limit: int) -> list[Entry]:
@@ -183,9 +181,7 @@ def _find_root(given: Path, context: bool) -> Path:
     for candidate in candidates:
         if (candidate / _IMAGES).is_dir():
             return candidate
-    raise UserError(
-        f"{given / _IMAGES}: no such folder, nor in {', '.join(str(path) for path in candidates[1:])}"
-    )
+    raise UserError(f"{given / _IMAGES}: no such folder, nor in {', '.join(str(path) for path in candidates[1:])}")
 
 
 def _find_scribbles(name: str, roots: Sequence[Path], context: bool) -> Path:

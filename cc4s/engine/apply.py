@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from cc4s.data import Dataset, Entry, check_dataset, open_dataset, read_image, voc_palette, write_index_png
 from cc4s.data.images import IMAGE_SUFFIXES
 from cc4s.engine import evaluation
 from cc4s.engine.checkpoint import Trained
-from cc4s.engine.runtime import Runtime, kernels, progress_options
+from cc4s.engine.runtime import Runtime, kernels
 from cc4s.errors import UserError
 from cc4s.files import atomic_write, atomic_write_json
 from cc4s.report import overlay
@@ -29,8 +30,7 @@ def evaluate_checkpoint(trained: Trained, out: Path | None = None) -> dict[str, 
     """
     config = trained.config
     runtime = Runtime(config)
-    dataset = _open(trained, splits=("eval",))
-    with kernels(config.kernels):
+    with _opened(trained, splits=("eval",)) as dataset, kernels(config.kernels):
         network = trained.network.to(runtime.device)
         result = evaluation.evaluate(network, dataset, config, runtime, label="evaluation")
     if not runtime.is_main:
@@ -51,11 +51,10 @@ def pseudo_label_folder(trained: Trained, out: Path) -> dict[str, Any]:
     """
     config = trained.config
     runtime = Runtime(config)
-    dataset = _open(trained, splits=("train",))
     foreign = [path for path in out.iterdir() if path.suffix != ".png"] if out.is_dir() else []
     if foreign:
         raise UserError(f"--out {out}: holds other files ({foreign[0].name}); choose an empty folder")
-    with kernels(config.kernels):
+    with _opened(trained, splits=("train",)) as dataset, kernels(config.kernels):
         network = trained.network.to(runtime.device)
         return evaluation.write_pseudo_labels(network, dataset, config, runtime, out)
 
@@ -118,13 +117,19 @@ def _image_files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _open(trained: Trained, *, splits: tuple[str, ...]) -> Dataset:
-    """The configuration's data, checked, with as many classes as the network."""
+@contextmanager
+def _opened(trained: Trained, *, splits: tuple[str, ...]) -> Iterator[Dataset]:
+    """The configuration's data, checked, with as many classes as the network.
+
+    What has to be generated (synthetic scenes, scribbles) is drawn anew, from the run's seed, for the time of use.
+    """
     config = trained.config
-    dataset = open_dataset(config.data, seed=config.seed, work=None, splits=splits, progress=True)
-    if len(dataset.classes) != len(trained.classes):
-        raise UserError(
-            f"data {config.data.root}: {len(dataset.classes)} classes, but the checkpoint has {len(trained.classes)}"
-        )
-    check_dataset(dataset, config.data, labels=False, scribbles=False, progress=True)
-    return dataset
+    with tempfile.TemporaryDirectory() as work:
+        dataset = open_dataset(config.data, seed=config.seed, work=Path(work), splits=splits, progress=True)
+        if len(dataset.classes) != len(trained.classes):
+            raise UserError(
+                f"--data {config.data.root}: {len(dataset.classes)} classes, but the checkpoint has"
+                f" {len(trained.classes)}"
+            )
+        check_dataset(dataset, config.data, labels=False, scribbles=False, progress=True)
+        yield dataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from cc4s import config as configuration
 from cc4s.config import Config
 from cc4s.errors import UserError
 from cc4s.files import atomic_write
-from cc4s.models import build_model, is_released_checkpoint, load_released_checkpoint
+from cc4s.models import build_model, is_released_checkpoint, load_released_checkpoint, read_torch_file
+from cc4s.models.weights import load_state
 
 FORMAT = "cc4s-checkpoint-1"
 
@@ -30,45 +30,21 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint file onto the CPU.
 
     Raises:
-        UserError: missing, truncated, not a cc4s checkpoint, or holding anything but tensors and plain containers.
+        UserError: missing, damaged, holding pickled code, or not a cc4s checkpoint.
     """
-    content = _read(path)
+    content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: not a checkpoint of cc4s (expected format {FORMAT})")
+        raise UserError(f"{path}: not a checkpoint of cc4s (expected format {FORMAT})")
     return content
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path}: refused, it holds more than tensors and plain containers"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: damaged or not a torch file") from error
-
-
-def load_state(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Loads `state` into `network`, all keys or none.
+def load_weights(network: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Loads the weights of a checkpoint's content into a network, all or none.
 
     Raises:
-        UserError: naming the first keys that are missing, left over or of another shape.
+        UserError: naming keys that are missing, unknown or of another shape.
     """
-    own = network.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the network" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the network's is {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{source}: weights of another architecture: {'; '.join(problems[:3])}{more}")
-    network.load_state_dict(state)
+    load_state(network, content["model"], path, "this architecture")
 
 
 class Trained:
@@ -95,7 +71,7 @@ def load_trained(path: Path, overrides: list[str] | None = None, recipe: str | N
         recipe: the recipe whose configuration serves an authors' checkpoint; by its number of classes if None.
 
     Raises:
-        UserError: see `load` and `load_state`.
+        UserError: see `load` and `load_weights`.
     """
     path = Path(path)
     if is_released_checkpoint(path):
@@ -106,14 +82,12 @@ def load_trained(path: Path, overrides: list[str] | None = None, recipe: str | N
         classes = config.data.classes or [f"class {index}" for index in range(num_classes)]
         return Trained(network, config, classes[:num_classes], "released")
     content = load(path)
-    config = configuration.override(
-        configuration.from_dict(content["config"], f"checkpoint {path}"), overrides or []
-    )
+    config = configuration.override(configuration.from_dict(content["config"], f"checkpoint {path}"), overrides or [])
     network = build_model(
         config.model,
         num_classes=len(content["classes"]),
         in_channels=config.data.channels,
         random_walk=content["random_walk"],
     )
-    load_state(network, content["model"], f"checkpoint {path}")
+    load_weights(network, content, path)
     return Trained(network, config, content["classes"], content["stage"])

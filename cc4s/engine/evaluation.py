@@ -43,9 +43,7 @@ def evaluate(
         What `SegmentationMetrics.compute` returns.
     """
     metrics = new_metrics(dataset, config)
-    for name, probability, sample in predictions(
-        network, dataset.eval, config, runtime, len(dataset.classes), label
-    ):
+    for name, probability, sample in predictions(network, dataset.eval, config, runtime, len(dataset.classes), label):
         metrics.update(name, probability.argmax(0).cpu(), sample["label"])
     merged = new_metrics(dataset, config)
     for state in runtime.gather(metrics.state()):
@@ -82,9 +80,7 @@ def predictions(
         with runtime.fabric.autocast():
             probability = predictor.probabilities(sample["image"])
         if refine:
-            probability = torch.from_numpy(
-                crf.dense_crf(probability.cpu().numpy(), as_uint8(sample["image"]))
-            )
+            probability = torch.from_numpy(crf.dense_crf(probability.cpu().numpy(), as_uint8(sample["image"])))
         yield sample["name"], probability, sample
 
 
@@ -94,9 +90,7 @@ def as_uint8(image: Tensor) -> np.ndarray:
     return (colour * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def pseudo_label(
-    probability: Tensor, scribble: np.ndarray | None, threshold: float, ignore_index: int
-) -> np.ndarray:
+def pseudo_label(probability: Tensor, scribble: np.ndarray | None, threshold: float, ignore_index: int) -> np.ndarray:
     """argmax where the largest probability reaches `threshold`, else ignore; then the scribbles on top.
 
     Args:
@@ -133,9 +127,7 @@ def write_pseudo_labels(
         network, missing, config, runtime, num_classes, "pseudo-labels", use_crf=config.pseudo.crf
     ):
         entry = by_name[name]
-        scribble = (
-            None if entry.scribble is None else read_scribble(entry.scribble, entry.classes, num_classes)
-        )
+        scribble = None if entry.scribble is None else read_scribble(entry.scribble, entry.classes, num_classes)
         mask = pseudo_label(probability, scribble, config.pseudo.threshold, ignore_index(num_classes))
         write_index_png(folder / f"{name}.png", mask, dataset.palette, num_classes)
     runtime.barrier()

@@ -47,18 +47,14 @@ class Predictor:
             size = (max(1, round(height * factor)), max(1, round(width * factor)))
             scaled = pixels
             if size != (height, width):
-                scaled = F.interpolate(
-                    pixels, size=size, mode="bilinear", align_corners=False, antialias=factor < 1
-                )
+                scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=factor < 1)
             views = [scaled, scaled.flip(-1)] if self.inference.flip else [scaled]
             for index, view in enumerate(views):
                 probability = self._windows(view)  # [1, C, h, w]
                 if index:
                     probability = probability.flip(-1)
                 if size != (height, width):
-                    probability = F.interpolate(
-                        probability, size=(height, width), mode="bilinear", align_corners=False
-                    )
+                    probability = F.interpolate(probability, size=(height, width), mode="bilinear", align_corners=False)
                 total = probability if total is None else total + probability
         assert total is not None
         return total[0] / total[0].sum(0, keepdim=True)

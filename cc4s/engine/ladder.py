@@ -65,13 +65,14 @@ def run_ladder(
         for rung in chosen
     }
     ladder: dict[str, Any] = {}
-    done: list[tuple[str, int, dict[str, Any]]] = []
+    done: list[dict[str, Any]] = []
     for (rung, seed), config in configs.items():
         run = Run(config, out / f"{rung}-seed{seed}")
-        done.append((rung, seed, run.execute()))
+        result = run.execute()
         if not run.runtime.is_main:
             continue
-        ladder = _summary(recipe, done, config.data.volume_pattern != "")
+        done.append({"rung": rung, "seed": seed, **_numbers(result), "seconds": run.folder.seconds()})
+        ladder = {"dataset": recipe, "metric": "dice" if "volume_dice" in result else "miou", "runs": done}
         ladder["protocol"] = {
             "budget": config.budget,
             "seeds": list(seeds),
@@ -88,19 +89,8 @@ def run_ladder(
     return ladder
 
 
-def _summary(recipe: str, done: list[tuple[str, int, dict[str, Any]]], volumes: bool) -> dict[str, Any]:
-    """ladder.json: volume Dice where the recipe has volumes, else mIoU."""
-    metric, source, classes = (
-        ("dice", "volume_dice", "per_class_volume_dice") if volumes else ("miou", "miou", "per_class_iou")
-    )
-    runs = [
-        {
-            "rung": rung,
-            "seed": seed,
-            metric: result[source],
-            "per_class": result[classes],
-            "miou": result["miou"],
-        }
-        for rung, seed, result in done
-    ]
-    return {"dataset": recipe, "metric": metric, "runs": runs}
+def _numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What a run adds to ladder.json: Dice per volume where the data has volumes, and mIoU."""
+    if "volume_dice" not in result:
+        return {"miou": result["miou"], "per_class": result["per_class_iou"]}
+    return {"dice": result["volume_dice"], "per_class": result["per_class_volume_dice"], "miou": result["miou"]}

@@ -61,9 +61,7 @@ class SegmentationMetrics:
         try:
             self._pattern = re.compile(volume_pattern) if volume_pattern else None
         except re.error as error:
-            raise UserError(
-                f"data.volume_pattern: {volume_pattern!r} is not a regular expression: {error}"
-            ) from None
+            raise UserError(f"data.volume_pattern: {volume_pattern!r} is not a regular expression: {error}") from None
         if self._pattern is not None and self._pattern.groups == 0:
             raise UserError(f"data.volume_pattern: {volume_pattern!r} has no (group) to name the volume")
         self.exclude = frozenset(exclude)
@@ -183,8 +181,7 @@ class SegmentationMetrics:
 
     def _named(self, values: npt.NDArray[np.float64]) -> dict[str, float | None]:
         return {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(self.classes, values, strict=True)
+            name: None if np.isnan(value) else float(value) for name, value in zip(self.classes, values, strict=True)
         }
 
 

@@ -20,7 +20,7 @@ from cc4s.engine import checkpoint, evaluation
 from cc4s.engine.inference import Predictor
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, kernels
-from cc4s.engine.training import StageTraining
+from cc4s.engine.training import StageTraining, new_network
 from cc4s.errors import UserError
 from cc4s.files import atomic_write_json
 from cc4s.report import ReportImage, write_report
@@ -109,9 +109,9 @@ class Run:
             )
 
         if self.runtime.is_main:
-            check_dataset(
-                opened(), config.data, labels="masks" in kinds, scribbles="scribbles" in kinds, progress=True
-            )
+            # A network that cannot be built is bad input too.
+            new_network(config, config.stages[0], num_classes=2)
+            check_dataset(opened(), config.data, labels="masks" in kinds, scribbles="scribbles" in kinds, progress=True)
             self.folder.create(config)
         self.runtime.barrier()
         return opened()
@@ -145,9 +145,7 @@ class Run:
         )
         result["seconds"] = round(time.perf_counter() - began, 3)
         if self.runtime.is_main:
-            self.folder.log(
-                event="evaluate", stage=stage, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"]
-            )
+            self.folder.log(event="evaluate", stage=stage, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
             logger.info("stage %s: mIoU %.4f", stage, result["miou"] or 0.0)
         self._record(stage, result)
 
@@ -161,9 +159,7 @@ class Run:
         )
         result |= {"source": source, "seconds": round(time.perf_counter() - began, 3)}
         if self.runtime.is_main:
-            self.folder.log(
-                event="pseudo_labels", stage=source, coverage=result["coverage"], miou=result.get("miou")
-            )
+            self.folder.log(event="pseudo_labels", stage=source, coverage=result["coverage"], miou=result.get("miou"))
         self._record("pseudo_labels", result)
 
     def _collect(self, stages: list[StageConfig], dataset: Dataset) -> dict[str, Any]:
@@ -203,12 +199,8 @@ class Run:
         """
         network = self._network(self.config.stages[-1].name)
         count = self.config.report.images
-        images = [
-            self._picture(network, entry, dataset, training=True) for entry in _spread(dataset.train, count)
-        ]
-        images += [
-            self._picture(network, entry, dataset, training=False) for entry in _spread(dataset.eval, count)
-        ]
+        images = [self._picture(network, entry, dataset, training=True) for entry in _spread(dataset.train, count)]
+        images += [self._picture(network, entry, dataset, training=False) for entry in _spread(dataset.eval, count)]
         write_report(
             path or self.folder.report_file,
             title=f"{self.config.dataset}: {self.config.method}",
@@ -228,9 +220,7 @@ class Run:
             return read_index_png(path, num_classes) if path is not None and path.is_file() else None
 
         sample = evaluation.EvaluationSet([entry], self.config.data, num_classes)[0]
-        probability = Predictor(network, self.config.inference, self.config.data).probabilities(
-            sample["image"]
-        )
+        probability = Predictor(network, self.config.inference, self.config.data).probabilities(sample["image"])
         scribble = None
         if training and entry.scribble is not None:
             scribble = read_scribble(entry.scribble, entry.classes, num_classes)
@@ -251,10 +241,10 @@ class Run:
 def eigenvectors(
     network: nn.Module, image: torch.Tensor, config: Config
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Leading eigenvectors of the symmetric form of P for one image, as maps over the positions of the walk.
+    """Leading eigenvectors of P's symmetric form for one image, as maps over the positions of the walk.
 
-    The image is resized so that its long side is the training crop. The eigenvalues are those of the row-stochastic
-    P; the eigenvectors are real.
+    The symmetric form (docs/method.md section 2) has real eigenpairs. The image is resized so that its long side is
+    the training crop.
 
     Returns:
         (num, rows, columns) and (num,), or (None, None) where the network has no random walk.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from cc4s import config as configuration
 from cc4s.config import Config
 from cc4s.errors import UserError
-from cc4s.files import atomic_write_json, atomic_write_text
+from cc4s.files import TEMPORARY_PREFIX, atomic_write_json, atomic_write_text
 
 # Keys that change how a run is carried out, not what it computes: they may differ when a run is continued.
 _FREE_KEYS = (
@@ -78,9 +79,7 @@ class RunFolder:
         stored = self.path / "config.yaml"
         if not stored.is_file():
             # Generated data comes before the configuration: it belongs to the checks.
-            if self.path.is_dir() and any(
-                entry.name not in (".lock", "data") for entry in self.path.iterdir()
-            ):
+            if self.path.is_dir() and any(entry.name not in (".lock", "data") for entry in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: not empty and not a run of cc4s; choose another folder")
             return
         old = _flatten(configuration.to_dict(configuration.from_dict(_read_config(stored), str(stored))))
@@ -95,9 +94,11 @@ class RunFolder:
                 )
 
     def create(self, config: Config) -> None:
-        """Makes the folder and records the configuration, once."""
+        """Makes the folder, records the configuration once, and clears what a killed process left half-written."""
         for folder in (self.path, self.path / "checkpoints", self.path / "stages"):
             folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.rglob(f"{TEMPORARY_PREFIX}*"):
+            leftover.unlink()
         if not (self.path / "config.yaml").exists():
             atomic_write_text(self.path / "config.yaml", configuration.to_yaml(config))
 
@@ -114,7 +115,17 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"--out {self.path}: another process is working on this run") from error
-            yield
+            try:
+                yield
+            finally:
+                self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        """A run that was refused leaves no folder behind."""
+        if not (self.path / "config.yaml").exists():
+            (self.path / ".lock").unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def write_record(self, stage: str, content: dict[str, Any]) -> None:
         atomic_write_json(self.record(stage), content)
@@ -127,7 +138,7 @@ class RunFolder:
     def log(self, **entry: Any) -> None:
         """Appends one line to log.jsonl."""
         with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
 
     def mend_log(self) -> None:
         """Ends a line that a killed process left unfinished, so that the next entry starts on its own."""
@@ -138,10 +149,19 @@ class RunFolder:
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
 
+    def seconds(self) -> float:
+        """Wall-clock seconds of all sessions of the run that ended."""
+        return round(sum(entry["seconds"] for entry in self.read_log() if entry["event"] == "end"), 3)
+
     def read_log(self) -> list[dict[str, Any]]:
         if not self.log_file.is_file():
             return []
         return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: None instead."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_config(path: Path) -> dict[str, Any]:

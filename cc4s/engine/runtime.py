@@ -42,9 +42,7 @@ class Runtime:
                 precision=config.train.precision,  # type: ignore[arg-type]
             )
         except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"key train.precision: {config.train.precision!r} does not run here: {error}"
-            ) from error
+            raise UserError(f"key train.precision: {config.train.precision!r} does not run here: {error}") from error
         self.fabric.launch()
 
     @property

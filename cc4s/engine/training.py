@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cc4s import config as configuration
+from cc4s import transforms
 from cc4s.config import Config, StageConfig
 from cc4s.data import Dataset, StepSampler, TrainingSet, worker_init
-from cc4s import transforms
 from cc4s.engine import checkpoint
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, derive_seed, progress_options, seed_everything
@@ -70,11 +70,10 @@ class StageTraining:
         network = new_network(config, self.stage, len(self.dataset.classes))
         running = self._running_checkpoint()
         if running is not None:
-            checkpoint.load_state(network, running["model"], f"checkpoint {self.folder.running}")
+            checkpoint.load_weights(network, running, self.folder.running)
         elif self.stage.init != "backbone":
-            start = checkpoint.load(self.folder.checkpoint(self.stage.init))
-            source = f"checkpoint {self.folder.checkpoint(self.stage.init)}"
-            checkpoint.load_state(network, start["model"], source)
+            path = self.folder.checkpoint(self.stage.init)
+            checkpoint.load_weights(network, checkpoint.load(path), path)
         network = synchronize(fabric.to_device(network))
         if config.train.compile:
             network.compile()
@@ -190,9 +189,7 @@ class StageTraining:
         if "consistency" not in self.stage.losses:
             return None
         rng = random.Random(derive_seed(*place, "transform"))
-        return transforms.draw(
-            self.config.loss.consistency, self.config.augment.crop, self.config.model.shrink, rng
-        )
+        return transforms.draw(self.config.loss.consistency, self.config.augment.crop, self.config.model.shrink, rng)
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
         if self.runtime.world_size == 1:
@@ -242,9 +239,7 @@ class _Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = (
-            {key: value.detach().clone() for key, value in network.state_dict().items()} if decay else {}
-        )
+        self.shadow = {key: value.detach().clone() for key, value in network.state_dict().items()} if decay else {}
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:

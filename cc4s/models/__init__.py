@@ -45,9 +45,7 @@ def _check(config: ModelConfig) -> None:
         raise UserError(f"model.head: got {config.head!r}, expected one of {', '.join(HEADS)}")
 
 
-def build_model(
-    config: ModelConfig, *, num_classes: int, in_channels: int, random_walk: bool = True
-) -> Segmenter:
+def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, random_walk: bool = True) -> Segmenter:
     """Builds a network from its configuration: random weights, then `config.backbone_weights` if given.
 
     Args:

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -46,6 +47,8 @@ class ExternalBackbone(nn.Module):
         self.network = network
         self.frozen = frozen
         self.out_channels = 0
+        # Networks that cut the image into patches drop a rest: 65 pixels give them 8 cells, not 9.
+        self.padded = False
         self._features = features
         if frozen:
             for layer in self._batch_norms():
@@ -63,7 +66,9 @@ class ExternalBackbone(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, n, H, W). Returns (B, out_channels, h, w)."""
+        """x: (B, n, H, W). Returns (B, out_channels, (H-1)//8 + 1, (W-1)//8 + 1)."""
+        if self.padded:
+            x = F.pad(x, (0, -x.shape[3] % 8, 0, -x.shape[2] % 8))
         return self._features(self.network, x)
 
 
@@ -82,7 +87,8 @@ def _import(prefix: str, name: str) -> ModuleType:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 def _last(network: nn.Module, x: Tensor) -> Tensor:
@@ -97,9 +103,7 @@ def _resnet_features(network: Any, x: Tensor) -> Tensor:
 
 
 def _timm(package: Any, name: str, channels: int) -> tuple[nn.Module, Callable[..., Tensor]]:
-    network = package.create_model(
-        name, pretrained=False, features_only=True, output_stride=8, in_chans=channels
-    )
+    network = package.create_model(name, pretrained=False, features_only=True, output_stride=8, in_chans=channels)
     return network, _last
 
 
@@ -149,7 +153,10 @@ def build_backbone(
             their batch norms frozen.
 
     Returns:
-        A module with `out_channels` and `name`, mapping (B, n, H, W) to (B, out_channels, h, w).
+        A module with `out_channels` and `name`, mapping (B, n, H, W) to (B, out_channels, h, w), with
+        h = (H-1)//8 + 1 and w likewise. Networks that cut images into patches get them padded with zeros, on
+        the right and below, to a multiple of 8. Parameters that these features do not depend on are not
+        trained.
 
     Raises:
         UserError: unknown name, package not installed, or a network that has no output stride 8.
@@ -163,22 +170,19 @@ def build_backbone(
         raise UserError(f"model.backbone: got {name!r}, expected one of {own}, or {others}")
     norm_layer(norm)
     if norm == "group":
-        raise UserError(
-            f"model.norm: group is for own ResNets; with model.backbone={name} expected batch or frozen"
-        )
+        raise UserError(f"model.norm: group is for own ResNets; with model.backbone={name} expected batch or frozen")
     if width != 64:
-        raise UserError(
-            f"model.width: got {width}; with model.backbone={name} expected 64 (it has its own widths)"
-        )
+        raise UserError(f"model.width: got {width}; with model.backbone={name} expected 64 (it has its own widths)")
     package = _import(prefix, name)
     try:
         network, features = _BUILDERS[prefix](package, rest, in_channels)
         backbone = ExternalBackbone(name, network, features, norm == "frozen")
         probe = _probe(backbone, in_channels)
+        if tuple(probe.shape[2:]) == (8, 8):
+            backbone.padded = True
+            probe = _probe(backbone, in_channels)
     except Exception as error:  # each package has its own errors for unknown names and unsupported strides
-        raise UserError(
-            f"model.backbone: {name} cannot be built with output stride 8: {_line(error)}"
-        ) from error
+        raise UserError(f"model.backbone: {name} cannot be built with output stride 8: {_line(error)}") from error
     if probe.dim() != 4 or tuple(probe.shape[2:]) != (9, 9):
         raise UserError(
             f"model.backbone: {name} gives features of shape {tuple(probe.shape)} for a 65 x 65 image; "
@@ -188,10 +192,16 @@ def build_backbone(
     return backbone
 
 
-@torch.no_grad()
 def _probe(backbone: ExternalBackbone, in_channels: int) -> Tensor:
+    """Features of a 65 x 65 image; leaves out of training what they do not depend on."""
     training = backbone.training
     backbone.eval()
-    features = backbone(torch.zeros(1, in_channels, 65, 65))
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        features = backbone(torch.zeros(1, in_channels, 65, 65))
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True) if parameters else ()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        # Distributed training waits for the gradient of every parameter.
+        parameter.requires_grad_(gradient is not None)
     backbone.train(training)
-    return features
+    return features.detach()

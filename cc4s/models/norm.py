@@ -66,9 +66,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         sums = _SumOverProcesses.apply(torch.cat([sums, sums.new_full((1,), local)]))
         count = int(sums[-1].item())
         if count <= 1:
-            raise ValueError(
-                f"expected more than 1 value per channel in training, got {count} in the global batch"
-            )
+            raise ValueError(f"expected more than 1 value per channel in training, got {count} in the global batch")
         mean = sums[:-1] / count
         centred = wide - mean.to(wide.dtype)[:, None, None]
         squares = (centred * centred).sum((0, 2, 3), dtype=torch.float64)
@@ -121,9 +119,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, h, w). Returns the same shape and dtype."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -159,9 +155,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """
     # track_running_stats=False has just this meaning in training mode, for nn.BatchNorm2d and
     # nn.SyncBatchNorm alike.
-    layers = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
-    ]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

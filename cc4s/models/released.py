@@ -42,9 +42,7 @@ def is_released_checkpoint(source: str | Path | Mapping[str, Any]) -> bool:
     return all(any(name.startswith(part) for name in names) for part in ("model_sed.", "PAM_Module."))
 
 
-def load_released_checkpoint(
-    path: str | Path, *, num_classes: int | None = None, shrink: int = 1
-) -> Segmenter:
+def load_released_checkpoint(path: str | Path, *, num_classes: int | None = None, shrink: int = 1) -> Segmenter:
     """Builds the authors' network from one of their checkpoint files.
 
     Depth, width, channels and number of classes are read off the weights. The network has the details these
@@ -120,6 +118,4 @@ def _depth(state: Mapping[str, Tensor], path: str | Path) -> str:
             return name
     kind = "basic blocks" if basic else "bottlenecks"
     found = ", ".join(map(str, counts))
-    raise UserError(
-        f"{path}: model_sed has {found} {kind} in its layers; expected one of {', '.join(RESNETS)}"
-    )
+    raise UserError(f"{path}: model_sed has {found} {kind} in its layers; expected one of {', '.join(RESNETS)}")

@@ -80,9 +80,7 @@ class Bottleneck(_Block):
         released = style == "released"
         self.conv1 = nn.Conv2d(inputs, planes, 1, stride if released else 1, bias=False)
         self.bn1 = norm(planes)
-        self.conv2 = _conv3x3(
-            planes, planes, 1 if released else stride, dilation if released else entry_dilation
-        )
+        self.conv2 = _conv3x3(planes, planes, 1 if released else stride, dilation if released else entry_dilation)
         self.bn2 = norm(planes)
         self.conv3 = nn.Conv2d(planes, planes * 4, 1, bias=False)
         self.bn3 = norm(planes * 4)

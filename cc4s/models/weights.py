@@ -55,9 +55,7 @@ def read_torch_file(path: str | Path) -> Any:
         ) from error
     except Exception as error:  # a damaged file can fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path}: cannot be read ({reason}); expected a checkpoint written by torch.save"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({reason}); expected a checkpoint written by torch.save") from error
 
 
 def state_of(content: Any, path: str | Path) -> dict[str, Tensor]:
@@ -151,9 +149,7 @@ def load_backbone_weights(model: nn.Module, path: str | Path) -> None:
     classifier = ("fc.", "classifier.", "head.")
     state = {k: v for k, v in state.items() if k in own or not k.startswith(classifier)}
     if any(k.endswith(".running_mean") for k in state) and not any(k.endswith(".running_mean") for k in own):
-        raise UserError(
-            f"{path}: has batch-norm statistics; expected model.norm=batch or frozen with these weights"
-        )
+        raise UserError(f"{path}: has batch-norm statistics; expected model.norm=batch or frozen with these weights")
     first = "conv1.weight"
     if first in state and first in own and state[first].dim() == 4:
         given, wanted = state[first].shape[1], own[first].shape[1]

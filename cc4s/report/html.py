@@ -179,11 +179,7 @@ def _rows(metrics: Metrics, table: Mapping[str, Metrics]) -> list[tuple[str, Met
 
 def _stages(metrics: Metrics, log: Sequence[Mapping[str, Any]], table: Mapping[str, Metrics]) -> str:
     rows = _rows(metrics, table)
-    columns = {
-        key: name
-        for key, name in _STAGE_COLUMNS.items()
-        if any(row.get(key) is not None for _, row, _ in rows)
-    }
+    columns = {key: name for key, name in _STAGE_COLUMNS.items() if any(row.get(key) is not None for _, row, _ in rows)}
     if not columns:
         return ""
     seconds = _seconds(metrics, log)
@@ -309,9 +305,7 @@ def _images(images: Sequence[ReportImage], classes: Sequence[str], palette: Pict
 def _image(image: ReportImage, palette: Picture) -> str:
     shown = pictures(image, palette)
     size = shown["image"].shape[0], shown["image"].shape[1]
-    views = "".join(
-        _figure(picture, escape(caption), f"{image.name}: {caption}") for caption, picture in shown.items()
-    )
+    views = "".join(_figure(picture, escape(caption), f"{image.name}: {caption}") for caption, picture in shown.items())
     content = f'<div class="views">{views}</div>'
     if image.eigenvectors is not None and len(image.eigenvectors):
         vectors = []

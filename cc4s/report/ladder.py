@@ -169,9 +169,7 @@ def ladder_figure(ladder: Mapping[str, Any]) -> Figure:
             right = max([mean + 100 * (rung.std or 0.0), *scores])
             text = format_spread(rung.mean, rung.std)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-            axes.annotate(
-                text, (right, y), (7, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
-            )
+            axes.annotate(text, (right, y), (7, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
         full = next((rung.mean for rung in rungs if rung.name == "full"), None)
         if full is not None:
             axes.axvline(100 * full, color="#888888", lw=0.9, ls=(0, (4, 3)), zorder=0)

@@ -37,9 +37,7 @@ class ReportImage:
     eigenvalues: npt.NDArray[Any] | Sequence[complex] | None = None
 
 
-def overlay(
-    image: Picture, mask: Mask, palette: Picture, alpha: float = 0.5, ignore_index: int = 255
-) -> Picture:
+def overlay(image: Picture, mask: Mask, palette: Picture, alpha: float = 0.5, ignore_index: int = 255) -> Picture:
     """An image under the colours of its classes, with the borders between classes drawn solid.
 
     Args:

@@ -108,6 +108,4 @@ def _markdown_cell(cell: Any) -> str:
 
 def _width(text: str) -> int:
     """Terminal cells a text takes: East Asian wide characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

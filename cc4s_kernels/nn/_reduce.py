@@ -1,4 +1,4 @@
-"""From sums per image to the loss of a batch, also where a batch is spread over processes and micro-batches."""
+"""From sums per image to the loss of a batch, also of one spread over processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_reduction(reduction: Any, normalizer: Any = None) -> None:
     """Checks the two options that every loss shares.
 
     Raises:
-        TypeError: normalizer is no number. ValueError: unknown reduction, a normalizer that is negative, not a
-            scalar, or given for another reduction than "mean".
+        TypeError: normalizer is no number. ValueError: unknown reduction, a normalizer that is negative, not
+            a scalar, or given for another reduction than "mean".
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if normalizer is None:
@@ -68,14 +68,15 @@ def divide(total: Tensor, count: Tensor) -> Tensor:
 def reduce(sums: Tensor, counts: Tensor, reduction: str, normalizer: Normalizer = None) -> Tensor:
     """Reduces sums per image to a loss.
 
-    - "mean": sum of `sums` / sum of `counts`; with a normalizer, world size * sum of `sums` / normalizer: then the
-      average over the processes, which is what DistributedDataParallel makes of gradients, is the global mean, and
-      so is the plain sum over micro-batches. 0 with gradient 0 where the divisor is 0.
+    - "mean": sum of `sums` / sum of `counts`; with a normalizer, world size * sum of `sums` / normalizer:
+      then the average over the processes, which is what DistributedDataParallel makes of gradients, is the
+      global mean, and so is the plain sum over micro-batches. 0 with gradient 0 where the divisor is 0.
     - "sum": sum of `sums`.
     - "none": `sums` as they are.
 
     Args:
-        sums: (B,). counts: (B,), what they are divided by. reduction, normalizer: see above; both checked before.
+        sums: (B,). counts: (B,), what they are divided by. reduction, normalizer: see above; both checked
+            before.
 
     Returns:
         A scalar, or (B,) for "none".

@@ -115,9 +115,7 @@ class EigenspaceConsistencyLoss(nn.Module):
             A scalar (or (B,) for reduction "none"), float32 (float64 for float64 inputs), also under
             autocast.
         """
-        return self.terms(
-            q, k, q_target, k_target, transform=transform, mask=mask, normalizer=normalizer
-        ).total
+        return self.terms(q, k, q_target, k_target, transform=transform, mask=mask, normalizer=normalizer).total
 
     def terms(
         self,
@@ -162,9 +160,7 @@ class EigenspaceConsistencyLoss(nn.Module):
             q_target = transform.of_target(q_target, "q_target")
             k_target = transform.of_target(k_target, "k_target")
             mask = None if mask is None else transform.of_image(mask, "mask")
-        found = transition_consistency(
-            q, k, q_target, k_target, mask=mask, scale=self.scale, normalize=self.normalize
-        )
+        found = transition_consistency(q, k, q_target, k_target, mask=mask, scale=self.scale, normalize=self.normalize)
         kl = found.kl.sum(-1)  # [B]
         trace = (found.trace - found.trace_target).abs()  # [B]
         if self.preset == "released":
@@ -189,8 +185,7 @@ def _flat_mask(q: Tensor, mask: Tensor | None) -> Tensor | None:
     flat = mask.flatten(1) if mask.dim() == 3 else mask
     if flat.shape != q.shape[:2]:
         raise ValueError(
-            f"mask: got {describe(mask)}, expected (B, N) or (B, h, w) with "
-            f"B = {q.shape[0]}, N = {q.shape[1]}"
+            f"mask: got {describe(mask)}, expected (B, N) or (B, h, w) with B = {q.shape[0]}, N = {q.shape[1]}"
         )
     return flat
 

@@ -3,13 +3,13 @@
 They take logits at the network's resolution; the upsampling to the labels happens inside, in
 `cc4s_kernels.upsample_losses`. Every loss has
 
-- `reduction`: "mean" over the whole batch (what is averaged over stands with each loss), "sum", or "none": one sum
-  per image, (B,). A mean over nothing (no labelled pixel, no weight, no edge) is 0 with gradient 0.
-- `normalizer`, in the constructor or in `forward` (which wins), for "mean" only: the count that the mean divides
-  by, taken over the global batch. The loss is then world size * local sum / normalizer, so that the gradients
-  that DistributedDataParallel averages over the processes, summed over micro-batches, are those of one process with
-  the whole batch. `count` of each loss gives the local count, which needs no logits; add it up over the
-  micro-batches and pass it through `global_count`.
+- `reduction`: "mean" over the whole batch (what is averaged over stands with each loss), "sum", or "none":
+  one sum per image, (B,). A mean over nothing (no labelled pixel, no weight, no edge) is 0 with gradient 0.
+- `normalizer`, in the constructor or in `forward` (which wins), for "mean" only: the count that the mean
+  divides by, taken over the global batch. The loss is then world size * local sum / normalizer, so that the
+  gradients that DistributedDataParallel averages over the processes, summed over micro-batches, are those of
+  one process with the whole batch. `count` of each loss gives the local count, which needs no logits; add it
+  up over the micro-batches and pass it through `global_count`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cc4s_kernels._validation import (
     check_shape,
     check_tensor,
     describe,
+    may_read_values,
 )
 from cc4s_kernels.nn._reduce import Normalizer, check_reduction, global_count, reduce
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
@@ -36,6 +37,8 @@ from cc4s_kernels.ops.potts import NORMS, RELAXATIONS, PixelGrid, potts
 from cc4s_kernels.ops.slic import slic
 from cc4s_kernels.ops.superpixel_boundaries import superpixel_boundaries
 from cc4s_kernels.ops.upsample_losses import upsample_losses
+
+ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 
 
 def _class_weight_buffer(value: Tensor | Sequence[float] | None) -> Tensor | None:
@@ -61,15 +64,15 @@ def _ignore_outside(labels: Tensor, mask: Tensor | None, ignore_index: int) -> T
     return labels.masked_fill(~mask, ignore_index)
 
 
-def _labelled_count(
-    labels: Tensor, mask: Tensor | None, ignore_index: int, class_weight: Tensor | None
-) -> Tensor:
+def _labelled_count(labels: Tensor, mask: Tensor | None, ignore_index: int, class_weight: Tensor | None) -> Tensor:
     """Number of labelled pixels inside the mask, or the sum of their class weights: 0-d float32."""
     labelled = labels != ignore_index
     if mask is not None:
         labelled = labelled & mask
     if class_weight is None:
         return labelled.sum(dtype=torch.float32)
+    # A label out of range, where nobody could look at it, counts as ignored here as in the op.
+    labelled = labelled & (labels >= 0) & (labels < len(class_weight))
     index = labels.long().where(labelled, 0)
     return class_weight.float()[index].where(labelled, 0).sum()
 
@@ -86,6 +89,11 @@ def _rgb(image: Tensor) -> Tensor:
     if image.shape[1] not in (1, 3):
         raise ValueError(f"image: got {describe(image)}, expected 3 channels (RGB) or 1 (grey)")
     if image.is_floating_point():
+        if image.numel() and may_read_values(image):
+            low, high = (float(value) for value in torch.aminmax(image.detach()))
+            # A NaN anywhere makes the comparison false.
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"image: got values from {low} to {high}, expected [0, 1], before normalisation")
         image = (image.detach() * 255).round().clamp(0, 255).to(torch.uint8)
     elif image.dtype != torch.uint8:
         raise TypeError(f"image: got {describe(image)}, expected uint8 or floating in [0, 1]")
@@ -100,7 +108,7 @@ def _inside(superpixels: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _entropy_weight(weight: Tensor | None, superpixels: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The map m of docs/method.md section 4; None = 1 everywhere. `superpixels` is -1 outside the mask already."""
+    """The map m of docs/method.md section 4; None = 1 everywhere. `superpixels` has -1 outside the mask."""
     if weight is None and superpixels is not None:
         return (superpixels >= 0) & ~superpixel_boundaries(superpixels)
     if mask is None:
@@ -187,9 +195,10 @@ class PartialCrossEntropyLoss(nn.Module):
 class SoftEntropyLoss(nn.Module):
     """Entropy of the predictions, weighted by a map (docs/method.md section 4).
 
-    The map m is, in this order: `weight` where it is given; else, with `superpixels`, 1 inside and 0 on boundaries
-    between superpixels and on pixels without one; else 1. It is 0 where `mask` is False. The mean is the sum of
-    m H over the sum of m.
+    The map m is, in this order: `weight` where it is given; else, with `superpixels`, 1 inside and 0 on
+        boundaries
+    between superpixels and on pixels without one; else 1. It is 0 where `mask` is False. The mean is the sum
+    of m H over the sum of m.
 
     Args:
         align_corners: of the upsampling.
@@ -199,9 +208,7 @@ class SoftEntropyLoss(nn.Module):
         TypeError, ValueError: an option of a wrong type or value.
     """
 
-    def __init__(
-        self, *, align_corners: bool = True, reduction: str = "mean", normalizer: Normalizer = None
-    ) -> None:
+    def __init__(self, *, align_corners: bool = True, reduction: str = "mean", normalizer: Normalizer = None) -> None:
         super().__init__()
         check_reduction(reduction, normalizer)
         self.align_corners = align_corners
@@ -218,7 +225,7 @@ class SoftEntropyLoss(nn.Module):
         size: tuple[int, int] | None = None,
         normalizer: Normalizer = None,
     ) -> Tensor:
-        """Computes the loss at the size of `weight`, `superpixels` or `mask`, else at `size`, else at that of `logits`.
+        """Computes the loss at the size of the map, else at `size`, else at that of `logits`.
 
         Args:
             logits: (B, C, h, w) floating.
@@ -284,7 +291,7 @@ class _RegionEnergy(nn.Module):
         if max_edges is not None:
             check_number("max_edges", max_edges, low=0, integer=True)
         check_number("num_superpixels", num_superpixels, low=1, integer=True)
-        check_number("compactness", compactness, low=0)
+        check_number("compactness", compactness, low=0, high=100)
         check_choice("norm", norm, NORMS)
         check_choice("relaxation", relaxation, RELAXATIONS)
         self.num_superpixels = num_superpixels
@@ -323,13 +330,14 @@ class ColorConstraintLoss(nn.Module):
 
     L_color per image = (1 / norm) sum over edges of 2 w_ij |S_i - S_j|², with S the mean probabilities of the
     superpixels and w the colour affinity of neighbours; the mean is over the images of the batch. Another
-    `relaxation` r puts 4 r(S_i, S_j) in the place of 2 |S_i - S_j|² (r = |S_i - S_j|² / 2 is the quadratic one).
+    `relaxation` r puts 4 r(S_i, S_j) in the place of 2 |S_i - S_j|² (r = |S_i - S_j|² / 2 is the quadratic
+    one).
 
     Args:
         num_superpixels: K of SLIC; ids of superpixels that are passed in must be below it.
         compactness: of SLIC, where the superpixels are computed here.
-        norm: "sum", the sum of w over ordered pairs (a weighted mean), "frobenius", the norm of the matrix w, or
-            "none", 1.
+        norm: "sum", the sum of w over ordered pairs (a weighted mean), "frobenius", the norm of the matrix w,
+            or "none", 1.
         relaxation: as in `cc4s_kernels.potts`.
         max_edges: as in `cc4s_kernels.color_affinity`, for superpixels of one's own that are not connected.
         align_corners: of the upsampling.
@@ -371,7 +379,8 @@ class ColorConstraintLoss(nn.Module):
 
         Args:
             logits: (B, C, h, w) floating.
-            image: (B, 3, H, W) uint8 RGB before normalisation, or floating in [0, 1]; grey as one channel or three.
+            image: (B, 3, H, W) uint8 RGB before normalisation, or floating in [0, 1]; grey as one channel or
+                three.
             superpixels: (B, H, W) int32, -1 = none; computed by `cc4s_kernels.slic` where None.
             mask: (B, H, W) bool, False = no pixel (padding).
             normalizer: global number of images; see the module.
@@ -390,7 +399,7 @@ class ColorConstraintLoss(nn.Module):
         if superpixels is None:
             superpixels = self.regions.segment(image, mask)
         else:
-            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
+            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=ID_DTYPES)
             check_shape("superpixels", superpixels, size, "the pixels of image")
             superpixels = _inside(superpixels, mask)
         check_tensor("logits", logits, dims="(B, C, h, w)", floating=True)
@@ -415,7 +424,7 @@ class ColorConstraintLoss(nn.Module):
 
 
 class PottsLoss(nn.Module):
-    """Potts energy of the softmax probabilities on a superpixel graph or on a pixel grid (docs/method.md section 7).
+    """Potts energy of softmax probabilities on a superpixel graph or a pixel grid (docs/method.md section 7).
 
     The mean is over the images of the batch. For probabilities that are at hand use `cc4s_kernels.potts`.
 
@@ -467,14 +476,14 @@ class PottsLoss(nn.Module):
             Scalar, or (B,) for reduction "none"; float32 (float64 for float64 logits).
 
         Raises:
-            TypeError, ValueError: as the ops `upsample_losses` and `potts`; superpixels that are missing, or given
-                with a grid.
+            TypeError, ValueError: as the ops `upsample_losses` and `potts`; superpixels that are missing, or
+                given with a grid.
         """
         normalizer = self.normalizer if normalizer is None else normalizer
         check_reduction(self.reduction, normalizer)
         check_tensor("logits", logits, dims="(B, C, h, w)", floating=True)
         if isinstance(graph_or_grid, SuperpixelGraph):
-            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
+            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=ID_DTYPES)
             assert superpixels is not None
             labels, ignore_index = _no_labels(logits, superpixels.shape[1:])
             out = upsample_losses(
@@ -489,9 +498,7 @@ class PottsLoss(nn.Module):
         elif superpixels is not None:
             raise ValueError("superpixels: got a tensor with a grid, expected it with a SuperpixelGraph only")
         elif not isinstance(graph_or_grid, PixelGrid):
-            raise TypeError(
-                f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid"
-            )
+            raise TypeError(f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid")
         else:
             prob = _upsampled_probabilities(logits, graph_or_grid.weight.shape[2:], self.align_corners)
         energy = potts(prob, graph_or_grid, relaxation=self.relaxation, norm=self.norm)
@@ -515,7 +522,8 @@ def _upsampled_probabilities(logits: Tensor, size: Sequence[int], align_corners:
 class Counts(NamedTuple):
     """What the three means of `ScribbleLoss` divide by: scalars, as numbers or 0-d tensors.
 
-    labelled: labelled pixels (sum of their class weights). weight: sum of the entropy map. images: number of images.
+    labelled: labelled pixels (sum of their class weights). weight: sum of the entropy map. images: their
+        number.
     """
 
     labelled: float | Tensor
@@ -533,17 +541,17 @@ def global_counts(counts: Sequence[Counts]) -> Counts:
         The `normalizer` for each of these micro-batches.
     """
     device = next((v.device for c in counts for v in c if isinstance(v, Tensor)), torch.device("cpu"))
-    sums = [
-        sum((torch.as_tensor(v, dtype=torch.float32, device=device) for v in values), torch.zeros((), device=device))
-        for values in zip(*counts, strict=True)
-    ]
-    return Counts(*global_count(torch.stack(sums)).unbind())
+    total = torch.zeros(3, device=device)
+    for count in counts:
+        total = total + torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in count])
+    return Counts(*global_count(total).unbind())
 
 
 class ScribbleTerms(NamedTuple):
-    """total: the weighted sum of the others. cross_entropy, entropy, color: unweighted; color is 0 if its weight is 0.
+    """The terms of `ScribbleLoss`: scalars, or (B,) for reduction "none".
 
-    Scalars, or (B,) for reduction "none".
+    total: the weighted sum of the others. cross_entropy, entropy, color: without their weights; color is 0
+    where its weight is 0.
     """
 
     total: Tensor
@@ -635,9 +643,10 @@ class ScribbleLoss(nn.Module):
         Args:
             logits: (B, C, h, w) floating.
             labels: (B, H, W) uint8, int16, int32 or int64.
-            image: (B, 3, H, W) uint8 RGB before normalisation, or floating in [0, 1]; grey as one channel or three.
-                Needed unless color=0.
-            superpixels: (B, H, W) int32, -1 = none; where None and color > 0, computed by `cc4s_kernels.slic`.
+            image: (B, 3, H, W) uint8 RGB before normalisation, or floating in [0, 1]; grey as one channel or
+                three. Needed unless color=0.
+            superpixels: (B, H, W) int32, -1 = none; where None and color > 0, computed by
+                `cc4s_kernels.slic`.
             weight: (B, H, W) map of the entropy, floating and non-negative or bool. By default it is 0 on
                 boundaries between superpixels and on pixels without one, 1 elsewhere.
             mask: (B, H, W) bool, False = no pixel (padding): out of every term.
@@ -647,7 +656,8 @@ class ScribbleLoss(nn.Module):
             `ScribbleTerms`.
 
         Raises:
-            TypeError, ValueError: as the ops `slic`, `color_affinity` and `upsample_losses`; no image for color > 0.
+            TypeError, ValueError: as the ops `slic`, `color_affinity` and `upsample_losses`; no image for
+                color > 0.
         """
         normalizer = self.normalizer if normalizer is None else normalizer
         _check_counts(self.reduction, normalizer)
@@ -665,7 +675,8 @@ class ScribbleLoss(nn.Module):
         )
         images = torch.ones_like(out.cross_entropy)
         if colored:
-            assert image is not None and superpixels is not None
+            assert image is not None
+            assert superpixels is not None
             energy = self.regions(out.pooled, out.counts, image, superpixels)
         else:
             energy = torch.zeros_like(images)
@@ -698,19 +709,19 @@ class ScribbleLoss(nn.Module):
     def _maps(
         self, labels: Tensor, image: Tensor | None, superpixels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The checked uint8 image, and the superpixels, given or computed for the colour term, -1 outside the mask."""
+        """The checked uint8 image, and superpixels (for the colour term always) with -1 outside the mask."""
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
         _check_mask(mask, labels.shape, labels.device)
         if self.color > 0:
             if image is None:
-                raise ValueError(f"image: got None, expected (B, 3, H, W) for the colour term (color={self.color})")
+                raise ValueError(f"image: got None, expected (B, 3, H, W) as color={self.color}")
             image = _rgb(image)
             expected = (labels.shape[0], 3, *labels.shape[1:])
             check_shape("image", image, expected, "the pixels of labels")
             if superpixels is None:
                 return image, self.regions.segment(image, mask)
         if superpixels is not None:
-            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
+            check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=ID_DTYPES)
             check_shape("superpixels", superpixels, labels.shape, "the shape of labels")
         return image, _inside(superpixels, mask)
 

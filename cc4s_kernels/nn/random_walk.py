@@ -44,6 +44,12 @@ class RandomWalk2d(nn.Module):
         """Rows and columns of the grid that the walk runs on, for a feature map of that size."""
         return (height - 1) // self.shrink + 1, (width - 1) // self.shrink + 1
 
+    def grid_mask(self, mask: Tensor) -> Tensor:
+        """The mask (B, h', w') of the positions of `grid`, from the mask (B, h, w) of the feature map."""
+        height, width = mask.shape[1:]
+        rows, columns = self.grid(height, width)
+        return mask[:, _nearest(height, rows, mask.device)][:, :, _nearest(width, columns, mask.device)]
+
     @overload
     def forward(self, x: Tensor, mask: Tensor | None = None, return_qk: Literal[False] = False) -> Tensor: ...
 
@@ -81,8 +87,7 @@ class RandomWalk2d(nn.Module):
         if self.shrink > 1:
             coarse = F.interpolate(x, (rows, columns), mode="bilinear", align_corners=True)
             if mask is not None:
-                at_rows, at_columns = _nearest(height, rows, x.device), _nearest(width, columns, x.device)
-                coarse_mask = mask[:, at_rows][:, :, at_columns]
+                coarse_mask = self.grid_mask(mask)
         q, k, v = (_positions(conv(coarse)) for conv in (self.query_conv, self.key_conv, self.value_conv))
         walked = random_walk(q, k, v, mask=None if coarse_mask is None else coarse_mask.flatten(1))
         y = walked.mT.unflatten(2, (rows, columns))  # [B, D, h', w']

@@ -69,8 +69,10 @@ class Crop:
     crop_width: int
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "crop_height", "crop_width"):
+        for name in ("height", "width"):
             check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("crop_height", self.crop_height, low=1, high=self.height, integer=True)
+        check_number("crop_width", self.crop_width, low=1, high=self.width, integer=True)
         check_number("top", self.top, low=0, high=self.height - self.crop_height, integer=True)
         check_number("left", self.left, low=0, high=self.width - self.crop_width, integer=True)
 

@@ -192,13 +192,32 @@ void update_centroids(const Grid& grid, const State& state, int row) {
   }
 }
 
+// One centroid against `count` pixels of a row. The restrict of parameters, unlike that of variables, makes the
+// loop vector code without checks for overlap; inlined, it is compiled for each instruction set.
+__attribute__((always_inline)) inline void compare(const Centroid& centroid, int32_t id, int32_t row_term, int count,
+                                                   const int16_t* __restrict l, const int16_t* __restrict a,
+                                                   const int16_t* __restrict b, const int32_t* __restrict terms,
+                                                   int32_t* __restrict low, int32_t* __restrict label) {
+  const int32_t center_l = centroid.l, center_a = centroid.a, center_b = centroid.b;
+  for (int x = 0; x < count; ++x) {
+    const int32_t dl = l[x] - center_l, da = a[x] - center_a, db = b[x] - center_b;
+    const int32_t distance = dl * dl + da * da + db * db + (terms[x] + row_term);
+    const bool closer = distance < low[x];
+    low[x] = closer ? distance : low[x];
+    label[x] = closer ? id : label[x];
+  }
+}
+
 CC4S_TARGET_CLONES
 void assign_band(const Grid& grid, const State& state, int band, int32_t* __restrict best) {
   const int first = std::max(band - 1, 0), last = std::min(band + 1, grid.rows - 1);
   for (int64_t y = grid.row_begin[band]; y < grid.row_begin[band + 1]; ++y) {
     const int64_t row = y * grid.width;
     int32_t* __restrict nearest = state.labels + row;
-    std::fill(best, best + grid.width, std::numeric_limits<int32_t>::max());
+    // No distance is below that of a masked pixel, which so keeps its -1.
+    for (int64_t x = 0; x < grid.width; ++x) {
+      best[x] = nearest[x] < 0 ? -1 : std::numeric_limits<int32_t>::max();
+    }
     // Clusters in ascending order and a strict comparison: ties go to the lowest id.
     for (int id = first * grid.cols, i = first; i <= last; ++i) {
       for (int j = 0; j < grid.cols; ++j, ++id) {
@@ -207,20 +226,9 @@ void assign_band(const Grid& grid, const State& state, int band, int32_t* __rest
         const int64_t dy = kPositionScale * y - centroid.y;
         const int32_t row_term = static_cast<int32_t>((grid.weight * dy * dy) >> kWeightShift);
         const int begin = grid.reach_begin(j), count = grid.reach_end(j) - begin;
-        const int32_t* __restrict terms = state.column_terms + int64_t{id} * grid.span;
-        const int16_t* __restrict l = state.l + row + begin;
-        const int16_t* __restrict a = state.a + row + begin;
-        const int16_t* __restrict b = state.b + row + begin;
-        int32_t* __restrict low = best + begin;
-        int32_t* __restrict label = nearest + begin;
-        for (int x = 0; x < count; ++x) {
-          const int32_t dl = l[x] - centroid.l, da = a[x] - centroid.a, db = b[x] - centroid.b;
-          const int32_t distance = dl * dl + da * da + db * db + (terms[x] + row_term);
-          // Masked pixels keep their -1.
-          const bool closer = distance < low[x] && label[x] >= 0;
-          low[x] = closer ? distance : low[x];
-          label[x] = closer ? id : label[x];
-        }
+        const int64_t at = row + begin;
+        compare(centroid, id, row_term, count, state.l + at, state.a + at, state.b + at,
+                state.column_terms + int64_t{id} * grid.span, best + begin, nearest + begin);
       }
     }
   }

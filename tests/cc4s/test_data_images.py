@@ -178,9 +178,9 @@ def test_index_png_round_trip(tmp_path):
     colours = RNG.integers(0, 256, (4, 3), dtype=np.uint8)
     write_index_png(tmp_path / "x.png", mask().astype(np.int64), colours)
     assert np.array_equal(read_index_png(tmp_path / "x.png", 3), mask())
-    image = Image.open(tmp_path / "x.png")
-    assert image.mode == "P"
-    palette = np.array(image.getpalette()).reshape(-1, 3)
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == "P"
+        palette = np.array(image.getpalette()).reshape(-1, 3)
     assert np.array_equal(palette[:4], colours)
     assert tuple(palette[255]) == (224, 224, 192)
 
@@ -198,22 +198,16 @@ def test_more_than_255_classes(tmp_path):
     # In an 8-bit file 255 means ignore.
     png(tmp_path / "z.png", np.array([[3, 255]], np.uint8))
     assert np.array_equal(read_index_png(tmp_path / "z.png", 300), [[3, 65535]])
-    with pytest.raises(
-        UserError, match=r"label value 299, but there are 290 classes \(0 to 289; 65535 = ignore\)"
-    ):
+    with pytest.raises(UserError, match=r"label value 299, but there are 290 classes \(0 to 289; 65535 = ignore\)"):
         read_index_png(tmp_path / "x.png", 290)
 
 
 def test_index_png_errors(tmp_path):
     png(tmp_path / "rgb.png", RGB, "RGB")
-    with pytest.raises(
-        UserError, match=r"rgb\.png: a colour image \(mode RGB\) where a PNG of class indices"
-    ):
+    with pytest.raises(UserError, match=r"rgb\.png: a colour image \(mode RGB\) where a PNG of class indices"):
         read_index_png(tmp_path / "rgb.png", 3)
     png(tmp_path / "x.png", mask(classes=5))
-    with pytest.raises(
-        UserError, match=r"x\.png: label value 4, but there are 4 classes \(0 to 3; 255 = ignore\)"
-    ):
+    with pytest.raises(UserError, match=r"x\.png: label value 4, but there are 4 classes \(0 to 3; 255 = ignore\)"):
         read_index_png(tmp_path / "x.png", 4)
     assert read_index_png(tmp_path / "x.png").max() == 255
 
@@ -235,9 +229,7 @@ def test_wrong_checksum_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     start = data.index(b"IDAT")
     length = struct.unpack(">I", data[start - 4 : start])[0]
-    assert (
-        zlib.crc32(data[start : start + 4 + length]) == struct.unpack_from(">I", data, start + 4 + length)[0]
-    )
+    assert zlib.crc32(data[start : start + 4 + length]) == struct.unpack_from(">I", data, start + 4 + length)[0]
     data[start + 4 + length] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"x\.png: corrupt"):

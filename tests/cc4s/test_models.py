@@ -33,9 +33,7 @@ def tiny(**changes: object) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 
 
-def build(
-    config: ModelConfig = TINY, *, num_classes: int = 3, in_channels: int = 3, **options: bool
-) -> Segmenter:
+def build(config: ModelConfig = TINY, *, num_classes: int = 3, in_channels: int = 3, **options: bool) -> Segmenter:
     torch.manual_seed(0)
     return build_model(config, num_classes=num_classes, in_channels=in_channels, **options)
 
@@ -113,8 +111,7 @@ def plain_resnet(state: dict[str, torch.Tensor], counts: tuple[int, ...], x: tor
 
     def bn(name: str, x: torch.Tensor) -> torch.Tensor:
         mean, var, weight, bias = (
-            state[f"{name}.{part}"][:, None, None]
-            for part in ("running_mean", "running_var", "weight", "bias")
+            state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
         )
         return (x - mean) / (var + 1e-5) ** 0.5 * weight + bias
 
@@ -132,18 +129,14 @@ def plain_resnet(state: dict[str, torch.Tensor], counts: tuple[int, ...], x: tor
                 if i < len(strides):
                     y = y.clamp(min=0)
             if f"{name}.downsample.0.weight" in state:
-                x = bn(
-                    f"{name}.downsample.1", F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=stride)
-                )
+                x = bn(f"{name}.downsample.1", F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=stride))
             x = (x + y).clamp(min=0)
     return x
 
 
 @pytest.mark.parametrize(("name", "counts"), [("resnet18", (2, 2, 2, 2)), ("resnet50", (3, 4, 6, 3))])
 @pytest.mark.parametrize("size", [(65, 97), (70, 64)])
-def test_dilated_features_are_the_plain_ones(
-    name: str, counts: tuple[int, ...], size: tuple[int, int]
-) -> None:
+def test_dilated_features_are_the_plain_ones(name: str, counts: tuple[int, ...], size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     network = randomize(ResNet(name, width=8)).double().eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -213,9 +206,7 @@ def test_segmenter_by_hand(masked: bool) -> None:
     assert out.grid == (5, 6)
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        parts = [
-            torch.from_numpy(state[f"{name}.{p}"]) for p in ("running_mean", "running_var", "weight", "bias")
-        ]
+        parts = [torch.from_numpy(state[f"{name}.{p}"]) for p in ("running_mean", "running_var", "weight", "bias")]
         return F.batch_norm(x, *parts, False, 0.0, 1e-5)
 
     def weight(name: str) -> torch.Tensor:
@@ -245,9 +236,7 @@ def test_segmenter_by_hand(masked: bool) -> None:
 
 def test_without_walk() -> None:
     with_walk, without = build().eval(), build(random_walk=False).eval()
-    without.load_state_dict(
-        {k: v for k, v in with_walk.state_dict().items() if not k.startswith("head.walk.")}
-    )
+    without.load_state_dict({k: v for k, v in with_walk.state_dict().items() if not k.startswith("head.walk.")})
     assert with_walk.has_walk
     assert not without.has_walk
     x = torch.randn(1, 3, 33, 33)
@@ -338,9 +327,7 @@ def test_initial_values() -> None:
     model = build(tiny(width=32, head_channels=64, key_channels=8), num_classes=60)
     for key, fan in [("backbone.layer4.1.conv2.weight", 256 * 9), ("head.conv51.0.weight", 64 * 9)]:
         # 36864 and more draws: the deviation is known to half a percent.
-        torch.testing.assert_close(
-            model.state_dict()[key].std(), torch.tensor((2 / fan) ** 0.5), rtol=0.03, atol=0
-        )
+        torch.testing.assert_close(model.state_dict()[key].std(), torch.tensor((2 / fan) ** 0.5), rtol=0.03, atol=0)
     logits = model(torch.randn(2, 3, 65, 65)).logits
     assert 0.1 < logits.std() < 3
 
@@ -353,9 +340,7 @@ def test_aspp_by_hand() -> None:
 
     def unit(name: str, x: torch.Tensor, **options: int) -> torch.Tensor:
         parts = [state[f"{name}.1.{p}"] for p in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(
-            F.conv2d(x, state[f"{name}.0.weight"], **options), *parts, False, 0.0, 1e-5
-        ).relu()
+        return F.batch_norm(F.conv2d(x, state[f"{name}.0.weight"], **options), *parts, False, 0.0, 1e-5).relu()
 
     parts = [unit("branches.0", x)]
     for i, rate in enumerate((6, 12, 18), 1):
@@ -483,9 +468,7 @@ def test_backbone_weights_for_grey_images(tmp_path: Path) -> None:
         build(tiny(backbone_weights=str(path)), in_channels=4)
     save_torchvision_file(path, channels=4)
     build(tiny(backbone_weights=str(path)), in_channels=4)
-    with pytest.raises(
-        UserError, match=r"conv1.weight is for 4 channels, data.channels is 3; expected 4, or no"
-    ):
+    with pytest.raises(UserError, match=r"conv1.weight is for 4 channels, data.channels is 3; expected 4, or no"):
         build(tiny(backbone_weights=str(path)))
 
 
@@ -587,9 +570,7 @@ PACKAGES = [
 
 
 @pytest.mark.parametrize(("name", "package", "install"), PACKAGES)
-def test_package_not_installed(
-    monkeypatch: pytest.MonkeyPatch, name: str, package: str, install: str
-) -> None:
+def test_package_not_installed(monkeypatch: pytest.MonkeyPatch, name: str, package: str, install: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as error:
         build(tiny(backbone=name, width=64))
@@ -601,6 +582,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, channels: int, last: int = 8) -> None:
         super().__init__()
+        self.unused = nn.Linear(2, 2)
         self.convs = nn.ModuleList()
         for step, outputs in [(2, 4), (2, 8), (last // 4, 12)]:
             self.convs.append(nn.Conv2d(channels, outputs, 3, step, padding=1))
@@ -647,6 +629,9 @@ def test_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, norm: str) -> Non
     frozen = norm == "frozen"
     assert bn.num_batches_tracked == (0 if frozen else 1)
     assert bn.weight.requires_grad != frozen
+    assert not model.backbone.network.unused.weight.requires_grad
+    out.logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     # A file in the package's own names, with a classifier.
     path = tmp_path / "weights.pth"
     state = {k: torch.ones_like(v) for k, v in model.backbone.network.state_dict().items()}
@@ -669,6 +654,27 @@ def test_package_without_stride_8(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
         build(config)
     one_line(error, "timm/some_net cannot be built with output stride 8: Unknown model (some_net)")
+
+
+def test_patches_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that cuts patches of 8 pixels gets the grid of the others."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 8, 8)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [self.conv(x)]
+
+    fake_package(monkeypatch, "timm", create_model=lambda name, **options: Patches())
+    backbone = build_backbone("timm/patches")
+    x = torch.randn(1, 3, 33, 48)
+    full = torch.zeros(1, 3, 40, 48)
+    full[:, :, :33] = x
+    torch.testing.assert_close(backbone(x), backbone.network.conv(full))
+    for side in range(1, 20):
+        assert backbone(torch.randn(1, 3, side, 465)).shape[2:] == ((side - 1) // 8 + 1, 59)
 
 
 @pytest.mark.parametrize("channels", [3, 5])

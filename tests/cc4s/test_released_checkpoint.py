@@ -21,9 +21,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 
 
 class PlainBlock(nn.Module):
-    def __init__(
-        self, inputs: int, planes: int, stride: int, dilation: int, deep: bool, shortcut: bool
-    ) -> None:
+    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, deep: bool, shortcut: bool) -> None:
         super().__init__()
         self.deep = deep
         outputs = planes * (4 if deep else 1)
@@ -97,9 +95,7 @@ class PlainAttention(nn.Module):
 class PlainNetwork(nn.Module):
     """The authors' network in evaluation mode, with their names, also of the branch that never runs."""
 
-    def __init__(
-        self, layers: int, classes: int, width: int = 8, channels: int = 16, shrink: int = 1
-    ) -> None:
+    def __init__(self, layers: int, classes: int, width: int = 8, channels: int = 16, shrink: int = 1) -> None:
         super().__init__()
         self.model_sed = PlainTrunk(layers, width)
 

@@ -220,9 +220,7 @@ def test_stage_times_come_from_the_log_across_resumes(tmp_path: Path) -> None:
 
 
 def test_page_of_an_empty_run(tmp_path: Path) -> None:
-    text = write(
-        tmp_path / "r.html", metrics={}, log=[], images=[], classes=[], config={}, table=None, title="nothing"
-    )
+    text = write(tmp_path / "r.html", metrics={}, log=[], images=[], classes=[], config={}, table=None, title="nothing")
     assert "nothing" in Page(text).text
 
 
@@ -280,9 +278,7 @@ def test_eigenvectors_are_centred_at_zero() -> None:
     assert np.abs(picture[:, -1] - top).max() <= 1
     # The sign is free: the same picture either way.
     vector = np.random.default_rng(0).standard_normal((4, 6))
-    assert (
-        overlays.eigenvector_picture(vector, (8, 9)) == overlays.eigenvector_picture(-vector, (8, 9))
-    ).all()
+    assert (overlays.eigenvector_picture(vector, (8, 9)) == overlays.eigenvector_picture(-vector, (8, 9))).all()
     flat = overlays.eigenvector_picture(np.full((2, 2), np.nan), (4, 4))
     assert np.abs(flat - middle).max() <= 1
 
@@ -341,9 +337,7 @@ def test_figures_render_without_warnings_and_leave_settings_alone() -> None:
     assert len(sheet.axes) == 13
     assert [text.get_text() for text in sheet.legends[0].get_texts()] == CLASSES[:4]
     assert min(png_size(report.figure_png(sheet, dpi=50))) > 100
-    panel, again = (
-        report.eigenvector_panel(images[0].eigenvectors, images[0].eigenvalues, (30, 40)) for _ in range(2)
-    )
+    panel, again = (report.eigenvector_panel(images[0].eigenvectors, images[0].eigenvalues, (30, 40)) for _ in range(2))
     assert [axes.get_title() for axes in panel.axes] == ["λ = 1.000", "λ = 0.500 − 0.250i"]
     svg = report.figure_svg(panel, "panel")
     assert svg == report.figure_svg(again, "panel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -48,10 +49,7 @@ def naive_histograms(image: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.nda
     counts = np.zeros(k, np.int64)
     height, width = ids.shape
     rgb = [[[int(v) for v in row] for row in plane] for plane in image]
-    luma = [
-        [299 * rgb[0][y][x] + 587 * rgb[1][y][x] + 114 * rgb[2][y][x] for x in range(width)]
-        for y in range(height)
-    ]
+    luma = [[299 * rgb[0][y][x] + 587 * rgb[1][y][x] + 114 * rgb[2][y][x] for x in range(width)] for y in range(height)]
     g = gradients(luma, ids >= 0)
     values = [v for pair in g.values() for v in pair]
     for (y, x), pair in g.items():
@@ -66,9 +64,7 @@ def naive_histograms(image: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.nda
     return color, texture, counts
 
 
-def naive_graph(
-    image: np.ndarray, ids: np.ndarray, k: int
-) -> tuple[dict[tuple[int, int], float], np.ndarray]:
+def naive_graph(image: np.ndarray, ids: np.ndarray, k: int) -> tuple[dict[tuple[int, int], float], np.ndarray]:
     """Weights of the edges (i, j), i < j, and the pixel counts."""
     color, texture, counts = naive_histograms(image, ids, k)
     height, width = ids.shape
@@ -83,8 +79,7 @@ def naive_graph(
 
     def norm(h: np.ndarray, i: int, j: int) -> float:
         parts = (
-            Fraction(int(a), int(counts[i])) - Fraction(int(b), int(counts[j]))
-            for a, b in zip(h[i], h[j], strict=True)
+            Fraction(int(a), int(counts[i])) - Fraction(int(b), int(counts[j])) for a, b in zip(h[i], h[j], strict=True)
         )
         return math.sqrt(float(sum(part * part for part in parts)))
 
@@ -98,9 +93,7 @@ def naive_graph(
 
 def smooth_image(shape: tuple[int, ...], seed: int) -> Tensor:
     """A few levels only, in blocks: equal histograms and zero gradients happen."""
-    blocks = torch.randint(
-        0, 256, (*shape[:-2], (shape[-2] + 3) // 4, (shape[-1] + 3) // 4), generator=generator(seed)
-    )
+    blocks = torch.randint(0, 256, (*shape[:-2], (shape[-2] + 3) // 4, (shape[-1] + 3) // 4), generator=generator(seed))
     image = blocks.repeat_interleave(4, -2).repeat_interleave(4, -1)[..., : shape[-2], : shape[-1]]
     return (image + torch.randint(0, 9, shape, generator=generator(seed + 1))).clamp(max=255).to(torch.uint8)
 
@@ -109,7 +102,7 @@ class TestColorAffinity(OpTester):
     op_name = "color_affinity"
     sizes = (1, 7, 24)
     dtypes = ()
-    variants = {"planar": {}, "many_places": {"max_edges": 40}}
+    variants: ClassVar = {"planar": {}, "many_places": {"max_edges": 40}}
     # The weights are rounded to float32.
     value_tolerance = 1e-7
 
@@ -188,18 +181,14 @@ def test_absent_superpixels_have_no_edges() -> None:
 
 @pytest.mark.parametrize(("k", "places"), [(1, 0), (2, 1), (3, 3), (4, 6), (800, 2394)])
 def test_places(k: int, places: int) -> None:
-    graph = ck.color_affinity(
-        torch.zeros(2, 3, 3, 3, dtype=torch.uint8), torch.zeros(2, 3, 3, dtype=torch.int32), k
-    )
+    graph = ck.color_affinity(torch.zeros(2, 3, 3, 3, dtype=torch.uint8), torch.zeros(2, 3, 3, dtype=torch.int32), k)
     assert graph.edge_index.shape == (2, 2, places)
     assert graph.weight.shape == (2, places)
     assert not graph.weight.any()
 
 
 def test_nothing_valid() -> None:
-    graph = ck.color_affinity(
-        torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8), torch.full((1, 4, 4), -1), 5
-    )
+    graph = ck.color_affinity(torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8), torch.full((1, 4, 4), -1), 5)
     assert graph.num_edges.tolist() == [0]
     assert not graph.weight.any()
     assert not graph.counts.any()
@@ -209,9 +198,7 @@ def test_nothing_valid() -> None:
 def test_float_image(dtype: torch.dtype) -> None:
     image = smooth_image((1, 3, 10, 12), 3)
     ids = ck.slic(image, 6)
-    for a, e in zip(
-        ck.color_affinity(image.to(dtype) / 255, ids, 6), ck.color_affinity(image, ids, 6), strict=True
-    ):
+    for a, e in zip(ck.color_affinity(image.to(dtype) / 255, ids, 6), ck.color_affinity(image, ids, 6), strict=True):
         assert a == e if isinstance(a, int) else torch.equal(a, e)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cc4s_kernels as ck
-from tests.ops.tester import OpTester, assert_matches, generator, randn
+from tests.ops.tester import CountingBackend, OpTester, assert_matches, generator, randn
 
 
 def draw_mask(batch, size, seed):
@@ -38,9 +38,7 @@ def naive_random_walk(q, k, v, *, mask=None, scale=1.0, steps=1, restart=0.0, re
         for _ in range(steps):
             moved = {}
             for i in valid:
-                mean = sum(
-                    (w * walked[j] for w, j in zip(rows[i], valid, strict=True)), torch.zeros_like(v[b, i])
-                )
+                mean = sum((w * walked[j] for w, j in zip(rows[i], valid, strict=True)), torch.zeros_like(v[b, i]))
                 moved[i] = (1 - restart) * mean + restart * v[b, i]
             walked = moved
         for i in valid:
@@ -98,9 +96,7 @@ def test_agrees_with_scaled_dot_product_attention():
     q, k, v = inputs(1, 2, size=301, key=16, value=20)
     mask = torch.rand(1, 2, 301, generator=generator(5)) > 0.2
     y = ck.random_walk(q, k, v, mask=mask, scale=0.25)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask[..., None, :], scale=0.25
-    )
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[..., None, :], scale=0.25)
     expected = torch.where(mask[..., None], attended, torch.zeros_like(attended))
     # float64 sums of 301 terms in another order.
     assert_matches("y", y, expected, atol=1e-13)
@@ -216,3 +212,26 @@ Q, K, V = inputs(2, dtype=torch.float32)
 def test_errors_name_the_argument(error, message, args, kwargs):
     with pytest.raises(error, match=message):
         ck.random_walk(*args, **kwargs)
+
+
+def test_empty_batch_and_empty_features():
+    q, k, v = inputs(0)
+    assert ck.random_walk(q, k, v, mask=torch.ones(0, 9).bool()).shape == (0, 9, 3)
+    q, k, v = inputs(2, key=0)
+    # Without features all scores are 0: every row is the mean.
+    assert_matches("y", ck.random_walk(q, k, v), v.mean(1, keepdim=True).expand_as(v), atol=1e-14)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_changing_sizes_and_options(dynamic):
+    def walk(q, k, v, scale, restart):
+        return ck.random_walk(q, k, v, scale=scale, restart=restart)
+
+    torch._dynamo.reset()
+    counter = CountingBackend()
+    compiled = torch.compile(walk, fullgraph=True, backend=counter, dynamic=dynamic)
+    for i, size in enumerate((5, 9, 12)):
+        q, k, v = inputs(2, size=size)
+        options = (0.5 + i / 4, i / 8)
+        assert_matches("y", compiled(q, k, v, *options), walk(q, k, v, *options), atol=1e-13)
+    assert counter.forward == 3

@@ -51,9 +51,9 @@ def test_one_segment_has_no_boundary(shape: tuple[int, ...]) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(TypeError, match="superpixels: got shape .* expected one of torch.int16"):
+    with pytest.raises(TypeError, match=r"superpixels: got shape .* expected one of torch\.int16"):
         ck.superpixel_boundaries(torch.zeros(1, 2, 2))
-    with pytest.raises(ValueError, match="superpixels: got shape .* expected shape"):
+    with pytest.raises(ValueError, match=r"superpixels: got shape .* expected shape"):
         ck.superpixel_boundaries(torch.zeros(2, 2, dtype=torch.int32))
     with pytest.raises(TypeError, match="superpixels: got list"):
         ck.superpixel_boundaries([[0]])  # type: ignore[arg-type]

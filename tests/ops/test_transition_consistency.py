@@ -193,3 +193,9 @@ def test_errors_name_the_argument(error, message, kwargs):
     arguments = {name: torch.ones(2, 5, 4) for name in ("q", "k", "q_target", "k_target")}
     with pytest.raises(error, match=message):
         ck.transition_consistency(**{**arguments, **kwargs})
+
+
+def test_empty_batch():
+    found = ck.transition_consistency(*inputs(0))
+    assert found.kl.shape == (0, 9)
+    assert found.trace.shape == found.trace_target.shape == (0,)

@@ -111,3 +111,8 @@ def test_errors_name_the_argument(error, message, kwargs):
     arguments = {"q": torch.ones(2, 4), "k": torch.ones(2, 4), **kwargs}
     with pytest.raises(error, match=message):
         ck.transition_matrix(**arguments)
+
+
+def test_empty_batch():
+    for normalize in ("row", "column", "symmetric"):
+        assert ck.transition_matrix(*queries_and_keys(0), normalize=normalize).shape == (0, 13, 13)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ class TestUpsampleLosses(OpTester):
     op_name = "upsample_losses"
     sizes = (1, 7, 21)
     differentiable = (0,)
-    variants = {
+    variants: ClassVar = {
         "all": {},
         "half_pixel": {"align_corners": False},
         "plain": {"weight": None, "superpixels": None, "num_superpixels": None, "class_weight": None},
@@ -97,9 +97,7 @@ class TestUpsampleLosses(OpTester):
         labels = torch.randint(0, CLASSES, shape, generator=random)
         labels = labels.where(torch.rand(shape, generator=random) < 0.5, 2).to(torch.uint8)
         ids = torch.randint(-1, SUPERPIXELS, shape, generator=random, dtype=torch.int32)
-        logits = randn(
-            batch, CLASSES, (size + 2) // 3, (size + 1) // 2, dtype=dtype, device=device, seed=seed, scale=2
-        )
+        logits = randn(batch, CLASSES, (size + 2) // 3, (size + 1) // 2, dtype=dtype, device=device, seed=seed, scale=2)
         return (logits, labels.to(device)), {
             "weight": torch.rand(shape, generator=random, dtype=torch.float64).to(device, dtype),
             "superpixels": ids.to(device),
@@ -156,7 +154,7 @@ def test_more_than_255_classes() -> None:
     assert out.labelled.tolist() == [3]
     with pytest.raises(ValueError, match="ignore_index: got 255, which is one of 300 classes"):
         ck.upsample_losses(logits, labels)
-    with pytest.raises(TypeError, match="labels: .*uint8.* for 300 classes"):
+    with pytest.raises(TypeError, match=r"labels: .*uint8.* for 300 classes"):
         ck.upsample_losses(logits, labels.to(torch.uint8), ignore_index=-1)
 
 
@@ -187,9 +185,7 @@ def test_huge_logits_stay_finite(dtype: torch.dtype) -> None:
     logits[..., 1, 1] = torch.tensor([-1e4, 1e4, 1e4], dtype=dtype)
     logits.requires_grad_()
     labels = torch.tensor([[[0, 1], [2, 0]]])
-    out = ck.upsample_losses(
-        logits, labels, superpixels=torch.zeros(1, 2, 2, dtype=torch.int32), num_superpixels=1
-    )
+    out = ck.upsample_losses(logits, labels, superpixels=torch.zeros(1, 2, 2, dtype=torch.int32), num_superpixels=1)
     # Pixels: right, 2e4 off, 1e4 off, 2e4 + ln 2 off; one pixel is undecided between two classes.
     # 1e-4 relative: bfloat16 rounds 1e4 to 9984; the exact number is that of the rounded logits.
     high = float(logits.detach()[0, 0, 0, 0])
@@ -218,9 +214,7 @@ def test_gradient_of_entropy_is_the_formula() -> None:
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     align_corners=st.booleans(),
 )
-def test_properties(
-    seed: int, classes: int, low: tuple[int, int], size: tuple[int, int], align_corners: bool
-) -> None:
+def test_properties(seed: int, classes: int, low: tuple[int, int], size: tuple[int, int], align_corners: bool) -> None:
     logits = randn(2, classes, *low, dtype=torch.float64, device="cpu", seed=seed, scale=4)
     random = generator(seed)
     labels = torch.randint(0, classes + 1, (2, *size), generator=random)
@@ -295,9 +289,7 @@ def good() -> dict[str, Any]:
         ({"labels": torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta")}, ValueError, "labels: .*device"),
     ],
 )
-def test_errors_name_the_argument(
-    changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     options = {**good(), **changes}
     logits, labels = options.pop("logits"), options.pop("labels")
     with pytest.raises(error, match=message):

@@ -92,9 +92,7 @@ def assert_matches(name: str, actual: Tensor, expected: Tensor, *, atol: float, 
 
     The bound is relative to the largest entry, as rounding errors of sums are, not to each entry.
     """
-    assert tuple(actual.shape) == tuple(expected.shape), (
-        f"{name}: shape {tuple(actual.shape)}, {tuple(expected.shape)}"
-    )
+    assert tuple(actual.shape) == tuple(expected.shape), f"{name}: shape {tuple(actual.shape)}, {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     found = difference(actual, expected)
@@ -154,9 +152,7 @@ def strided_copy(tensor: Tensor) -> Tensor:
     if tensor.dim() == 0:
         return tensor
     axes = list(reversed(range(tensor.dim())))
-    gaps = torch.zeros(
-        [2 * n + 1 for n in tensor.permute(axes).shape], dtype=tensor.dtype, device=tensor.device
-    )
+    gaps = torch.zeros([2 * n + 1 for n in tensor.permute(axes).shape], dtype=tensor.dtype, device=tensor.device)
     view = gaps[tuple(slice(1, 2 * n + 1, 2) for n in tensor.permute(axes).shape)].permute(axes)
     return view.copy_(tensor)
 
@@ -188,9 +184,7 @@ class CountingBackend:
     def __init__(self) -> None:
         self.forward = 0
         self.backward = 0
-        self.compile = aot_autograd(
-            fw_compiler=self._counted("forward"), bw_compiler=self._counted("backward")
-        )
+        self.compile = aot_autograd(fw_compiler=self._counted("forward"), bw_compiler=self._counted("backward"))
 
     def _counted(self, name: str) -> Any:
         def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
@@ -289,21 +283,15 @@ class OpTester:
     def op(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(ck, self.op_name)(*args, **kwargs)
 
-    def inputs(
-        self, variant: str, dtype: torch.dtype, device: str = "cpu", size: int | None = None
-    ) -> Inputs:
+    def inputs(self, variant: str, dtype: torch.dtype, device: str = "cpu", size: int | None = None) -> Inputs:
         size = self.common_size if size is None else size
-        args, kwargs = self.make_inputs(
-            dtype, device, size, zlib.crc32(f"{self.op_name} {size}".encode()) % 1000
-        )
+        args, kwargs = self.make_inputs(dtype, device, size, zlib.crc32(f"{self.op_name} {size}".encode()) % 1000)
         return args, {**kwargs, **self.variants[variant]}
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in self.differentiable)
 
-    def _with_leaves(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: tuple[Tensor, ...]
-    ) -> Inputs:
+    def _with_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: tuple[Tensor, ...]) -> Inputs:
         new_args, new_kwargs = list(args), dict(kwargs)
         for key, leaf in zip(self.differentiable, leaves, strict=True):
             if isinstance(key, int):
@@ -329,9 +317,7 @@ class OpTester:
         if leaves:
             assert live, "no output has a gradient"
             found = torch.autograd.grad(live, leaves, self._cotangents(live), allow_unused=True)
-            gradients = tuple(
-                torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)
-            )
+            gradients = tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True))
         return Result(tuple(out.detach() for out in outputs), gradients)
 
     def assert_same(self, actual: Result, expected: Result, *, rtol: float, atol: float = 0.0) -> None:
@@ -355,9 +341,7 @@ class OpTester:
         # One rounding of the largest entry: eager may be exact by luck.
         floor = 2 * eps(got.dtype) * float(_wide(truth).abs().max())
         assert mine.worst <= 2 * theirs.worst + floor, f"{name}: {mine}; eager: {theirs}"
-        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype), (
-            f"{name}: {mine}; eager: {theirs}"
-        )
+        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype), f"{name}: {mine}; eager: {theirs}"
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
@@ -379,9 +363,7 @@ class OpTester:
         args, kwargs = self.inputs(variant, torch.float64, device, size)
         with ck.use_backend("reference"):
             outputs = tensors(self.op(*args, **kwargs))
-        expected = tensors(
-            self.naive(*map_tensors(lambda t: t.cpu(), args), **map_tensors(lambda t: t.cpu(), kwargs))
-        )
+        expected = tensors(self.naive(*map_tensors(lambda t: t.cpu(), args), **map_tensors(lambda t: t.cpu(), kwargs)))
         assert len(outputs) == len(expected)
         for i, (a, e) in enumerate(zip(outputs, expected, strict=True)):
             rtol = 0.0 if self.exact else self.value_tolerance

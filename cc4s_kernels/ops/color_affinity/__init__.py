@@ -61,9 +61,7 @@ def _check(image: Tensor, superpixels: Tensor, num_superpixels: int, max_edges: 
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image: got {describe(image)}, expected torch.uint8, or a floating dtype in [0, 1]")
     batch, _, height, width = image.shape
-    check_shape(
-        "image", image, (batch, 3, height, width), "three channels; grey: image.expand(-1, 3, -1, -1)"
-    )
+    check_shape("image", image, (batch, 3, height, width), "three channels; grey: image.expand(-1, 3, -1, -1)")
     if height == 0 or width == 0:
         raise ValueError(f"image: got {describe(image)}, expected at least one pixel")
     check_tensor(

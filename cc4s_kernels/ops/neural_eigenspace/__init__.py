@@ -31,8 +31,7 @@ def neural_eigenspace(
 
     An Arnoldi (Lanczos) iteration in float64 that sees the matrix only through `random_walk`, whichever
     backend runs that; the dense solver where N <= num + 2 or where the iteration does not converge. For
-    looking at, not for
-    training: the outputs have no gradient.
+    looking at, not for training: the outputs have no gradient.
 
     Equal calls give equal results: a fixed start vector; equal magnitudes in the order of falling real, then
     falling imaginary part; every eigenvector has length 1, and its largest entry (the first one within 1e-6

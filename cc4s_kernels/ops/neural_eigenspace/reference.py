@@ -43,9 +43,7 @@ def output_dtype(dtype: torch.dtype, normalize: str) -> torch.dtype:
     return real if normalize == "symmetric" else real.to_complex()
 
 
-def _eigenspace(
-    q: Tensor, k: Tensor, num: int, scale: float, normalize: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _eigenspace(q: Tensor, k: Tensor, num: int, scale: float, normalize: str) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues (num,) and unit eigenvectors (N, num) of one pair (N, d)."""
     size = q.shape[0]
     if size > num + 2:

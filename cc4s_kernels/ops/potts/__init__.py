@@ -71,9 +71,7 @@ def _check(prob: Tensor, graph_or_grid: SuperpixelGraph | PixelGrid, relaxation:
             )
         return
     if not isinstance(graph_or_grid, SuperpixelGraph):
-        raise TypeError(
-            f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid"
-        )
+        raise TypeError(f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid")
     check_tensor("prob", prob, dims="(B, K, C)", floating=True)
     batch, nodes, _ = prob.shape
     edges, weight = graph_or_grid.edge_index, graph_or_grid.weight

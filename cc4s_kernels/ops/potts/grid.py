@@ -94,16 +94,12 @@ def pixel_grid(
         weight = torch.ones(1, directions, height, width, device=device)
     else:
         check_tensor("weight", weight, dims="(B, D, H, W)", floating=True)
-        check_shape(
-            "weight", weight, (weight.shape[0], directions, height, width), f"a {connectivity}-connected grid"
-        )
+        check_shape("weight", weight, (weight.shape[0], directions, height, width), f"connectivity {connectivity}")
         check_weight("weight", weight)
     if mask is not None:
         _check_mask(mask, height, width, weight.device)
         if weight.shape[0] not in (1, mask.shape[0]):
-            raise ValueError(
-                f"mask: got {describe(mask)}, expected the batch of weight {tuple(weight.shape)}"
-            )
+            raise ValueError(f"mask: got {describe(mask)}, expected the batch of weight {tuple(weight.shape)}")
         weight = _masked(weight, mask)
     return PixelGrid(weight)
 

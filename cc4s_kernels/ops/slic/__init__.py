@@ -52,9 +52,7 @@ def slic(
     return backends.select("slic", image, num_segments, **options)(image, num_segments, **options)
 
 
-def _check(
-    image: Tensor, num_segments: int, compactness: float, iterations: int, mask: Tensor | None
-) -> None:
+def _check(image: Tensor, num_segments: int, compactness: float, iterations: int, mask: Tensor | None) -> None:
     check_tensor("image", image, dims="(B, 3, H, W)")
     if image.dtype != torch.uint8:
         raise TypeError(
@@ -62,15 +60,11 @@ def _check(
             "convert values in [0, 1] with (image * 255).round().clamp(0, 255).to(torch.uint8)"
         )
     batch, _, height, width = image.shape
-    check_shape(
-        "image", image, (batch, 3, height, width), "three channels; grey: image.expand(-1, 3, -1, -1)"
-    )
+    check_shape("image", image, (batch, 3, height, width), "three channels; grey: image.expand(-1, 3, -1, -1)")
     if height == 0 or width == 0:
         raise ValueError(f"image: got {describe(image)}, expected at least one pixel")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        raise ValueError(
-            f"image: got {describe(image)}, expected sides up to {MAX_SIDE} and up to {MAX_PIXELS} pixels"
-        )
+        raise ValueError(f"image: got {describe(image)}, expected sides up to {MAX_SIDE} and up to {MAX_PIXELS} pixels")
     check_number("num_segments", num_segments, low=1, high=MAX_PIXELS, integer=True)
     check_number("compactness", compactness, low=0, high=100)
     check_number("iterations", iterations, low=0, high=MAX_PIXELS, integer=True)

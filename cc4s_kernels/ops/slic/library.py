@@ -38,9 +38,7 @@ def _reference(
     iterations: int = 10,
     mask: Tensor | None = None,
 ) -> Tensor:
-    return torch.ops.cc4s_kernels.slic_reference(
-        image, mask, num_segments, _fixed_point(compactness), iterations
-    )
+    return torch.ops.cc4s_kernels.slic_reference(image, mask, num_segments, _fixed_point(compactness), iterations)
 
 
 def _cpu(

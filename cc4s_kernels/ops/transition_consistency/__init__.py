@@ -26,9 +26,8 @@ def transition_consistency(
     """Compares P = softmax(scale Q Kᵀ) with the target P' of (Q', K'), row by row and by trace.
 
     kl_i = sum_j P'_ij (log P'_ij - log P_ij), trace = sum_i P_ii, trace_target = sum_i P'_ii. The target is a
-    constant: q_target and k_target are detached. kl is never clamped: it is not negative in exact arithmetic,
-        and
-    may be a few eps * max |E| below 0 in floating point.
+    constant: q_target and k_target are detached. kl is never clamped: in floating point it may be a few
+    eps * max |E| below 0.
 
     Masked positions are no state: they are no keys, have kl 0, are not in the traces, and their values (NaN
     included) change nothing.

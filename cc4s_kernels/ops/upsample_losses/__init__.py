@@ -33,15 +33,15 @@ def upsample_losses(
 ) -> UpsampleLosses:
     """Sums, per image, of what sparse labels and an entropy or colour term need from the upsampled logits.
 
-    The logits are upsampled bilinearly to the size of `labels` (no antialiasing where that is smaller), and with
-    p = softmax of the upsampled logits at a pixel, H = -sum_c p_c log p_c and 0 log 0 = 0:
+    The logits are upsampled bilinearly to the size of `labels` (no antialiasing where that is smaller), and
+    with p = softmax of the upsampled logits at a pixel, H = -sum_c p_c log p_c and 0 log 0 = 0:
 
     - cross_entropy = sum of -a_y log p_y over pixels with label y != ignore_index; labelled = sum of a_y
     - entropy = sum of m H over all pixels; weight = sum of m
     - pooled[k] = sum of p over pixels of superpixel k; counts[k] = number of those pixels
 
-    with a = `class_weight` (1 without it) and m = `weight` (1 without it). Nothing is divided: the means, over
-    whatever a batch is, are the caller's (`cc4s_kernels.nn` has them as modules). The full-resolution
+    with a = `class_weight` (1 without it) and m = `weight` (1 without it). Nothing is divided: the means,
+    over whatever a batch is, are the caller's (`cc4s_kernels.nn` has them as modules). The full-resolution
     logits are an intermediate of the reference backend only.
 
     Args:
@@ -58,14 +58,15 @@ def upsample_losses(
 
     Returns:
         `UpsampleLosses` in float32 (float64 for float64 logits), counts included so that they divide sums:
-        cross_entropy, labelled, entropy, weight (B,), pooled (B, K, C), counts (B, K); K = 0 without superpixels.
-        Only cross_entropy, entropy and pooled carry a gradient. float32 counts are exact up to 2^24 pixels.
+        cross_entropy, labelled, entropy, weight (B,), pooled (B, K, C), counts (B, K); K = 0 without
+        superpixels. Only cross_entropy, entropy and pooled carry a gradient. float32 counts are exact up to
+        2^24 pixels.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype.
-        ValueError: shape, device or option; on the CPU (elsewhere with CC4S_KERNELS_CHECK=1) also a label or an
-            id out of range, a negative or non-finite weight. Unchecked, a label out of range counts as ignored
-            and an id out of range as -1.
+        ValueError: shape, device or option; on the CPU (elsewhere with CC4S_KERNELS_CHECK=1) also a label or
+            an id out of range, a negative or non-finite weight. Unchecked, a label out of range counts as
+            ignored and an id out of range as -1.
 
     Source: the paper "CC4S", partial cross-entropy, soft entropy and superpixel probabilities; docs/method.md
     sections 3, 4 and 7.

@@ -36,7 +36,7 @@ def upsample_losses(
     align_corners: bool = True,
     class_weight: Tensor | None = None,
 ) -> UpsampleLosses:
-    """docs/method.md sections 3, 4 and 7 as they are written; arguments are valid (the public function checks them)."""
+    """docs/method.md sections 3, 4 and 7 as they are written; the arguments are checked before."""
     dtype = accumulation_dtype(logits.dtype)
     classes = logits.shape[1]
     with without_autocast(logits.device):
