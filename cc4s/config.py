@@ -7,6 +7,7 @@ section for the budget, then the method, then the preset, then the command line'
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from operator import attrgetter
@@ -279,26 +280,24 @@ def _merge(config: DictConfig, layer: Any, source: str) -> DictConfig:
         key = error.full_key or str(error.key or "")
         message = str(error.msg or error).splitlines()[0]
         if "not in" in message or "is not a valid" in message or "Key" in message:
-            raise UserError(_unknown_key(config, key, source)) from error
+            raise UserError(_unknown_key(key, source)) from error
         raise UserError(f"{source}: key {key}: {message}") from error
 
 
-def _unknown_key(config: DictConfig, key: str, source: str) -> str:
-    known = _all_keys(config)
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-        key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
-    )
-    hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(config.keys()))}"
+def _unknown_key(key: str, source: str) -> str:
+    known = list(_flat_keys(asdict(Config())))
+    # A misspelt section, or a misspelt key in some section.
+    near = difflib.get_close_matches(key, known, n=1)
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(k for k in known if '.' not in k)}"
     return f"{source}: unknown key {key}{hint}"
 
 
-def _all_keys(config: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in OmegaConf.to_container(config).items() if not isinstance(config, dict) else config.items():
-        keys.append(prefix + str(key))
+def _flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield prefix + key
         if isinstance(value, dict):
-            keys += _all_keys(value, prefix + str(key) + ".")
-    return keys
+            yield from _flat_keys(value, f"{prefix}{key}.")
 
 
 def load_config(recipe: str, overrides: list[str] | None = None, **fixed: Any) -> Config:
@@ -365,7 +364,7 @@ def _override(config: DictConfig, key: str, value: Any) -> DictConfig:
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
         if "not in" in message or "Key" in message or "index" in message:
-            raise UserError(_unknown_key(config, key, "command line")) from error
+            raise UserError(_unknown_key(key, "command line")) from error
         raise UserError(f"command line: key {key}: {message}") from error
     except (IndexError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"command line: key {key}: cannot be set to {value!r}: {error}") from error
@@ -410,11 +409,13 @@ def validate(config: Config) -> None:
         raise UserError("key loss.consistency.transforms: got an empty list, expected flip, crop or bands")
     if config.augment.scale_min > config.augment.scale_max:
         raise UserError(
-            f"key augment.scale_min: got {config.augment.scale_min}, expected at most augment.scale_max = {config.augment.scale_max}"
+            f"key augment.scale_min: got {config.augment.scale_min}, expected at most augment.scale_max ="
+            f" {config.augment.scale_max}"
         )
     if len(config.data.mean) != len(config.data.std):
         raise UserError(
-            f"key data.std: got {len(config.data.std)} values, expected as many as data.mean has ({len(config.data.mean)})"
+            f"key data.std: got {len(config.data.std)} values, expected as many as data.mean has:"
+            f" {len(config.data.mean)}"
         )
     _validate_stages(config.stages, config.model.head)
 

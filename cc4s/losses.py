@@ -80,12 +80,12 @@ class StageLoss(nn.Module):
 
     def _counts(self, batch: Batch, transform: ImageTransform | None) -> Tensor:
         counts = self.scribble.counts(batch["label"], batch["rgb"], **self._maps(batch))
-        positions = counts.images * 0
+        positions = torch.zeros((), device=batch["label"].device)
         if self.consistency is not None and transform is not None:
             mask = self._cells(batch["valid"])
             shape = mask if mask is not None else batch["valid"].new_ones(len(batch["valid"]), self.grid, self.grid)
             positions = self.consistency.count(shape.flatten(1)[..., None], transform=transform.cells, mask=mask)
-        return torch.stack([*counts, positions])
+        return torch.stack([*map(torch.as_tensor, counts), positions])
 
     def _maps(self, batch: Batch) -> dict[str, Tensor | None]:
         """Superpixels, entropy weight and mask, for the scribble terms."""

@@ -76,7 +76,7 @@ def load_trained(path: Path, overrides: list[str] | None = None, recipe: str | N
     path = Path(path)
     if is_released_checkpoint(path):
         network = load_released_checkpoint(path)
-        num_classes = int(network.num_classes)
+        num_classes = network.state_dict()["head.conv6.1.weight"].shape[0]
         recipe = recipe or ("pascal_context" if num_classes == 60 else "voc2012")
         config = configuration.load_config(recipe, overrides)
         classes = config.data.classes or [f"class {index}" for index in range(num_classes)]

@@ -104,10 +104,10 @@ def pseudo_label(probability: Tensor, scribble: np.ndarray | None, threshold: fl
     Source: docs/method.md section 6.
     """
     best, label = probability.max(0)
-    label = torch.where(best >= threshold, label, ignore_index).cpu().numpy()
+    mask = torch.where(best >= threshold, label, ignore_index).cpu().numpy()
     if scribble is not None:
-        label = np.where(scribble != ignore_index, scribble, label)
-    return label.astype(np.uint8 if probability.shape[0] <= 255 else np.uint16)
+        mask = np.where(scribble != ignore_index, scribble, mask)
+    return mask.astype(np.uint8 if probability.shape[0] <= 255 else np.uint16)
 
 
 def write_pseudo_labels(
