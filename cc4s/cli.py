@@ -305,16 +305,12 @@ def _demo(arguments: argparse.Namespace) -> None:
         print(f"report: {arguments.out / 'report.html'}")
 
 
-def _trained(arguments: argparse.Namespace, words: Sequence[str], recipe: str | None) -> Any:
+def _trained(arguments: argparse.Namespace, words: Sequence[str], recipe: str | None = None) -> Any:
     from cc4s.engine.checkpoint import load_trained
 
-    fixed = {
-        "device": arguments.device,
-        "kernels": arguments.kernels,
-        "data.root": getattr(arguments, "data", None),
-    }
+    fixed = {"device": arguments.device, "kernels": arguments.kernels}
     words = [*words, *(f"{key}={value}" for key, value in fixed.items() if value is not None)]
-    return load_trained(arguments.checkpoint, words, recipe)
+    return load_trained(arguments.checkpoint, words, recipe=recipe, data=getattr(arguments, "data", None))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -354,7 +350,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         "long_side": arguments.long_side,
     }
     words += [f"inference.{key}={str(value).lower()}" for key, value in options.items() if value is not None]
-    count = predict_images(_trained(arguments, words, None), images, arguments.out, overlays=not arguments.no_overlays)
+    count = predict_images(_trained(arguments, words), images, arguments.out, overlays=not arguments.no_overlays)
     print(f"{count} masks: {arguments.out / 'masks'}")
 
 

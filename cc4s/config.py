@@ -50,7 +50,8 @@ class DataConfig:
     channels: int = 3
     # Where training scribbles come from: a folder name under root, an absolute path, or "generate" (from the masks).
     scribbles: str = "scribbles"
-    # Split lists, without ".txt". An empty eval_list is test, or val where there is no test.
+    # Split lists, without ".txt". An empty train_list is VOC's train_aug, or train where there is none (voc only); an
+    # empty eval_list is test, or val where there is no test.
     train_list: str = "train"
     eval_list: str = ""
     # Resize images so that the long side is this many pixels before anything else; 0 keeps the size.

@@ -521,6 +521,9 @@ def backward_of_parts(net: nn.Module, parts: list[Batch]) -> float:
 
 
 def process(rank: int, folder: str) -> None:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(40, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:

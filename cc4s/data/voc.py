@@ -8,7 +8,8 @@
 
 `data.root` is the folder with JPEGImages in it (VOC2012, VOC2010), the VOCdevkit above it, or the parent of
 that. A line of a list is a name, or a pair of paths "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png".
-`train_aug` and `trainaug` mean the same list. Scribbles are ScribbleSup XML or index PNGs in `data.scribbles`
+`train_aug` and `trainaug` mean the same list; an empty `data.train_list` is that one, or train.txt where there is
+none. Scribbles are ScribbleSup XML or index PNGs in `data.scribbles`
 under `data.root` or the VOC folder; the default name also finds ScribbleSup's own folders (pascal_2012,
 pascal_context, scribble_annotation/...). Evaluation is on `data.eval_list`, else on val.txt: VOC's own
 test.txt comes without masks.
@@ -16,6 +17,7 @@ test.txt comes without masks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +39,8 @@ from cc4s.data.dataset import (
     take_evenly,
 )
 from cc4s.errors import UserError
+
+logger = logging.getLogger("cc4s")
 
 VOC_CLASSES = tuple(
     [
@@ -145,7 +149,8 @@ def open_voc(config: DataConfig, splits: Sequence[str]) -> Dataset:
     scribbles = scribble_finder(scribble_folder)
 
     def list_paths(name: str) -> list[Path]:
-        names = dict.fromkeys([name, *(("train_aug", "trainaug") if name in ("train_aug", "trainaug") else ())])
+        augmented = ["train_aug", "trainaug"]
+        names = [*augmented, "train"] if not name else augmented if name in augmented else [name]
         return [root / "ImageSets" / folder / f"{item}.txt" for folder in list_names for item in names]
 
     def entries(name: str, key: str, limit: int) -> list[Entry]:
@@ -153,6 +158,8 @@ def open_voc(config: DataConfig, splits: Sequence[str]) -> Dataset:
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             raise UserError(f"{' or '.join(str(item) for item in paths)}: no such list ({key})")
+        if not name:
+            logger.info("%s: %s", key, path)
         found = []
         for line in read_list(path, key):
             image, label = _read_line(path, line, root, images)

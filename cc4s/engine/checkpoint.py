@@ -62,32 +62,45 @@ class Trained:
         self.stage = stage
 
 
-def load_trained(path: Path, overrides: list[str] | None = None, recipe: str | None = None) -> Trained:
-    """A network from a checkpoint of cc4s or of the authors.
+def load_trained(
+    path: Path, overrides: list[str] | None = None, *, recipe: str | None = None, data: str | None = None
+) -> Trained:
+    """A network from a checkpoint of cc4s or of the authors, with a configuration to use it.
 
     Args:
         path: the checkpoint.
-        overrides: key=value words over the stored configuration (inference options, data options).
-        recipe: the recipe whose configuration serves an authors' checkpoint; by its number of classes if None.
+        overrides: key=value words over the configuration (inference options, data options).
+        recipe: the recipe of an authors' checkpoint. If None: folder where `data` has that layout, else
+            pascal_context for 60 classes, else voc2012. A checkpoint of cc4s holds its own configuration.
+        data: the data folder; the configuration's if None.
 
     Raises:
-        UserError: see `load` and `load_weights`.
+        UserError: see `load` and `load_weights`; bad overrides.
     """
-    path = Path(path)
-    if is_released_checkpoint(path):
-        network = load_released_checkpoint(path)
-        num_classes = network.state_dict()["head.conv6.1.weight"].shape[0]
-        recipe = recipe or ("pascal_context" if num_classes == 60 else "voc2012")
-        config = configuration.load_config(recipe, overrides)
-        classes = config.data.classes or [f"class {index}" for index in range(num_classes)]
-        return Trained(network, config, classes[:num_classes], "released")
-    content = load(path)
-    config = configuration.override(configuration.from_dict(content["config"], f"checkpoint {path}"), overrides or [])
-    network = build_model(
-        config.model,
-        num_classes=len(content["classes"]),
-        in_channels=config.data.channels,
-        random_walk=content["random_walk"],
-    )
-    load_weights(network, content, path)
-    return Trained(network, config, content["classes"], content["stage"])
+    path, words = Path(path), list(overrides or [])
+    if not is_released_checkpoint(path):
+        content = load(path)
+        config = configuration.from_dict(content["config"], f"checkpoint {path}")
+        if data is not None:
+            config.data.root = data
+        config = configuration.override(config, words)
+        network: nn.Module = build_model(
+            config.model,
+            num_classes=len(content["classes"]),
+            in_channels=config.data.channels,
+            random_walk=content["random_walk"],
+        )
+        load_weights(network, content, path)
+        return Trained(network, config, content["classes"], content["stage"])
+
+    network = load_released_checkpoint(path)
+    num_classes = network.state_dict()["head.conv6.1.weight"].shape[0]
+    if recipe is None:
+        recipe = "pascal_context" if num_classes == 60 else "voc2012"
+        if data is not None and (Path(data) / "images").is_dir():
+            recipe = "folder"
+    config = configuration.load_config(recipe, words, data__root=data)
+    if config.model.shrink != 1:
+        network = load_released_checkpoint(path, shrink=config.model.shrink)
+    classes = config.data.classes or [f"class {index}" for index in range(num_classes)]
+    return Trained(network, config, classes[:num_classes], "released")

@@ -20,6 +20,7 @@ from cc4s.engine import checkpoint, evaluation
 from cc4s.engine.inference import Predictor
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, kernels
+from cc4s.engine.trackers import open_trackers
 from cc4s.engine.training import StageTraining, new_network
 from cc4s.errors import UserError
 from cc4s.files import atomic_write_json
@@ -69,6 +70,7 @@ class Run:
             dataset = self.open_data(report)
             if self.runtime.is_main:
                 self.folder.mend_log()
+                self.folder.trackers = open_trackers(self.config, self.folder.path)
             began = time.perf_counter()
             for index, stage in enumerate(stages):
                 if stage.labels == "pseudo":

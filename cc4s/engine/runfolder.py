@@ -12,6 +12,7 @@ from typing import Any
 
 from cc4s import config as configuration
 from cc4s.config import Config
+from cc4s.engine.trackers import Tracker
 from cc4s.errors import UserError
 from cc4s.files import TEMPORARY_PREFIX, atomic_write_json, atomic_write_text
 
@@ -37,6 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.trackers: list[Tracker] = []
 
     @property
     def log_file(self) -> Path:
@@ -136,9 +138,14 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def log(self, **entry: Any) -> None:
-        """Appends one line to log.jsonl."""
+        """Appends one line to log.jsonl, and the numbers of a step to the trackers."""
+        entry = {key: _finite(value) for key, value in entry.items()}
         with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
+            file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items():
+            if entry["event"] == "step" and isinstance(value, float):
+                for track in self.trackers:
+                    track(f"{entry['stage']}/{name}", value, entry["step"])
 
     def mend_log(self) -> None:
         """Ends a line that a killed process left unfinished, so that the next entry starts on its own."""

@@ -16,6 +16,7 @@ from PIL import Image
 from cc4s.cli import main
 from tests.cc4s.data_tools import make_folder, png
 from tests.cc4s.run_tools import TINY
+from tests.cc4s.test_released_checkpoint import plain, save
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -169,6 +170,42 @@ def test_checkpoint_of_another_architecture(data: Path, tmp_path: Path, capsys: 
     check_refused(["evaluate", "--checkpoint", str(tmp_path / "plain.pt"), "--data", str(data)], capsys, "plain.pt")
     (tmp_path / "torn.pt").write_bytes(checkpoint.read_bytes()[:1000])
     check_refused(["evaluate", "--checkpoint", str(tmp_path / "torn.pt"), "--data", str(data)], capsys, "torn.pt")
+
+
+def test_authors_checkpoint_on_voc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluated and used as it is, on a VOC tree; the numbers are those of the network applied by hand."""
+    network = plain(layers=18, classes=21)
+    checkpoint = save(network, tmp_path / "authors.pth.tar")
+    plain_layout = make_folder(tmp_path / "plain", names=("x", "y"), classes=21)
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (plain_layout / "images").rename(voc / "JPEGImages")
+    (plain_layout / "labels").rename(voc / "SegmentationClassAug")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("x\ny\n")
+    out = tmp_path / "metrics.json"
+    words = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(tmp_path / "VOCdevkit"), "--out", str(out)]
+    assert main([*words, "inference.scales=[1.0]", "inference.long_side=0"]) == 0
+    assert "aeroplane" in capsys.readouterr().out
+    metrics = json.loads(out.read_text())
+
+    right = total = 0
+    for name in ("x", "y"):
+        with Image.open(voc / "JPEGImages" / f"{name}.jpg") as image:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        with torch.no_grad():
+            logits = network.eval()(((pixels - mean[:, None, None]) / std[:, None, None])[None])
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = torch.nn.functional.interpolate(logits, pixels.shape[1:], mode="bilinear", align_corners=True)
+        with Image.open(voc / "SegmentationClassAug" / f"{name}.png") as label:
+            truth = np.array(label)
+        right += int((logits[0].argmax(0).numpy() == truth)[truth != 255].sum())
+        total += int((truth != 255).sum())
+    # Ties aside, the same argmax: one pixel of rounding at most.
+    assert metrics["pixel_accuracy"] == pytest.approx(right / total, abs=1 / total)
+    predict = ["predict", "--checkpoint", str(checkpoint), str(voc / "JPEGImages"), "--out", str(tmp_path / "masks")]
+    assert main([*predict, "--scales", "1"]) == 0
+    assert len(list((tmp_path / "masks" / "masks").iterdir())) == 2
 
 
 class _Harm:
