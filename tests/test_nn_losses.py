@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import itertools
 import math
 from pathlib import Path
@@ -521,27 +522,27 @@ def backward_of_parts(net: nn.Module, parts: list[Batch]) -> float:
 
 
 def process(rank: int, folder: str) -> None:
-    import faulthandler
-
-    faulthandler.dump_traceback_later(40, exit=True)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        net = nn.parallel.DistributedDataParallel(make_net())
-        batch = make_batch(6)
-        # Uneven: the last image, on rank 1, has no label, and the first, on rank 0, has padding.
-        mine = (
-            [batch.part(slice(0, 1)), batch.part(slice(1, 3))]
-            if rank == 0
-            else [
-                batch.part(slice(3, 5)),
-                batch.part(slice(5, 6)),
-            ]
-        )
-        value = backward_of_parts(net, mine)
-        torch.save({"loss": value, "gradients": [p.grad for p in net.parameters()]}, f"{folder}/rank{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    # The network is freed at the end of the call: a wrapper that outlives its group can wait for ever.
+    save_gradients(rank, folder)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def save_gradients(rank: int, folder: str) -> None:
+    net = nn.parallel.DistributedDataParallel(make_net())
+    batch = make_batch(6)
+    # Uneven: the first image, on rank 0, has padding, and the last, on rank 1, has no label.
+    cuts = ((0, 1), (1, 3)) if rank == 0 else ((3, 5), (5, 6))
+    value = backward_of_parts(net, [batch.part(slice(*cut)) for cut in cuts])
+    torch.save({"loss": value, "gradients": [p.grad for p in net.parameters()]}, f"{folder}/rank{rank}.pt")
 
 
 def test_two_processes_and_accumulation_equal_one_process(tmp_path: Path) -> None:

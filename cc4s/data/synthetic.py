@@ -1,8 +1,7 @@
 """A small segmentation problem made from nothing: textured objects on textured ground.
 
-Six classes. Texture tells them apart, colour only partly: striped and dotted objects share one range of hues,
-checked and woven ones another, the smooth ones overlap with the ground; one object in five has any hue at
-all. Light falls off across the image, objects hide each other, and there is noise.
+Six classes. Texture tells them apart, colour only partly: the hues of striped and dotted objects overlap, and so do
+those of checked and woven ones; one object in seven has any hue at all. Light falls off across the image, objects hide each other, and there is noise.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from cc4s.files import atomic_write, atomic_write_json, atomic_write_text
 
 CLASSES = ("ground", "striped", "dotted", "checked", "woven", "smooth")
 # Mean and spread of the hue of each class, in turns of the colour circle.
-_HUES = ((0.26, 0.06), (0.04, 0.05), (0.04, 0.05), (0.60, 0.06), (0.60, 0.06), (0.17, 0.07))
-_ANY_HUE = 0.2
+_HUES = ((0.27, 0.05), (0.01, 0.05), (0.11, 0.05), (0.55, 0.05), (0.67, 0.05), (0.86, 0.05))
+_ANY_HUE = 1 / 7
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
