@@ -399,7 +399,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues the run", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        _leave_processes()
     return 0
+
+
+def _leave_processes() -> None:
+    """Ends the process group of a distributed run, once everyone is done with it."""
+    if "torch.distributed" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _complain(message: str) -> int:

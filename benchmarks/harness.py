@@ -1,0 +1,303 @@
+"""Timing of providers side by side, with correctness, memory and roofline on every row.
+
+A provider is one way to compute a case (an op, sizes, a dtype and a pass). All providers of a case run in turn, round
+after round, so that whatever else the machine does falls on all of them; a row holds the median and the 20th and 80th
+percentile over rounds. Before it is timed, every provider is compared with the case's definition.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed.
+
+    op, size, dtype ("float32", "bfloat16", ...), pass_ ("forward" or "forward+backward").
+    flops: floating point operations of the definition. exps: exponentials. bytes: least traffic, inputs and outputs
+    once. Each formula stands where the case is made.
+    """
+
+    op: str
+    size: dict[str, int]
+    dtype: str
+    pass_: str
+    flops: float
+    exps: float
+    bytes: float
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def title(self) -> str:
+        size = " ".join(f"{key}={value}" for key, value in self.size.items())
+        return f"{self.op} {size} {self.dtype} {self.pass_}"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    make: case and device -> what runs it once and returns outputs and gradients.
+    reference: name of the provider whose results it must equal; None is not compared (it is the definition).
+    tolerance: largest relative L2 error of any returned tensor, with its reason where it is made.
+    """
+
+    name: str
+    make: Callable[[Case, torch.device], Run]
+    reference: str | None = None
+    tolerance: float = 1e-4
+    note: str = ""
+
+
+@dataclass
+class Row:
+    """One measured line."""
+
+    op: str
+    size: dict[str, int]
+    dtype: str
+    pass_: str
+    provider: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+    memory_mb: float | None
+    error: float | None
+    flop_rate: float
+    roofline_share: float | None
+    note: str = ""
+
+
+@dataclass
+class Rates:
+    """What the machine reaches in this run, for the roofline: measured, not quoted.
+
+    gemm: FLOP/s of a 2048-cubed matrix product, by dtype. exp: exponentials per second. copy: bytes per second read
+    plus written.
+    """
+
+    gemm: dict[str, float] = field(default_factory=dict)
+    exp: float = 0.0
+    copy: float = 0.0
+
+    def seconds(self, case: Case) -> float | None:
+        """The least time of a case: the slowest of its products, exponentials and traffic."""
+        gemm = self.gemm.get(case.dtype)
+        if not gemm or not self.exp or not self.copy:
+            return None
+        return max(case.flops / gemm, case.exps / self.exp, case.bytes / self.copy)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile` of a baseline, compiled at its first call."""
+    made: list[Callable[..., Tensor]] = []
+
+    def run(*tensors: Tensor) -> Tensor:
+        if not made:
+            made.append(torch.compile(function))
+        return made[0](*tensors)
+
+    return run
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Run, device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
+    """Medians of seven runs each."""
+    rates = Rates()
+
+    def best(run: Run) -> float:
+        run()
+        return quantile([timed(run, device) for _ in range(7)], 0.5)
+
+    n = 2048 if device.type == "cpu" else 8192
+    for dtype in dtypes:
+        a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+        rates.gemm[dtype] = 2 * n**3 / best(lambda a=a: (a @ a,))
+    # Larger than the caches; outputs are preallocated, so that page faults do not count.
+    x = torch.randn(1 << (25 if device.type == "cpu" else 28), device=device)
+    out = torch.empty_like(x)
+    rates.copy = 2 * x.numel() * 4 / best(lambda: (out.copy_(x),))
+    # Inside the cache: the rate of the instruction, not of memory.
+    small = torch.randn(1 << (16 if device.type == "cpu" else 24), device=device)
+    small_out = torch.empty_like(small)
+    rates.exp = small.numel() / best(lambda: (torch.exp(small, out=small_out),))
+    return rates
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest relative L2 error over the tensors of a result."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        norm = float(b.double().norm())
+        worst = max(worst, float((a.double() - b.double()).norm()) / max(norm, 1e-30))
+    return worst
+
+
+def peak_memory(op: str, provider: str, case: Case, device: torch.device) -> float:
+    """MB that one call needs beyond its inputs, of a process of its own (CPU) or of the allocator (GPU)."""
+    if device.type == "cuda":
+        from benchmarks.registry import provider_of
+
+        run = provider_of(op, provider).make(case, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    words = ["--memory", json.dumps({"op": op, "provider": provider, "case": asdict(case)})]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", *words], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{provider} on {case.title}: {result.stderr.strip().splitlines()[-1:]}")
+    return float(result.stdout.strip().splitlines()[-1])
+
+
+def own_peak_memory(op: str, provider: str, case: Case) -> float:
+    """MB by which this process's high-water mark grows in one call; inputs and libraries are there before."""
+    from benchmarks.registry import provider_of
+
+    device = torch.device("cpu")
+    made = provider_of(op, provider)
+    # A tiny case first: code, thread pools and workspaces of the libraries are not the op's memory.
+    tiny = Case(case.op, {**case.size, "N": 256} if "N" in case.size else case.size, case.dtype, case.pass_, 0, 0, 0)
+    made.make(tiny, device)()
+    run = made.make(case, device)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def run_case(
+    case: Case, providers: Sequence[Provider], device: torch.device, rates: Rates, *, seconds: float, memory: bool
+) -> list[Row]:
+    """Rows of one case.
+
+    Args:
+        case, providers: what and how. device: where. rates: for the roofline.
+        seconds: time to spend; at least three rounds are run.
+        memory: measure peak memory too.
+
+    Raises:
+        AssertionError: a provider's result is wrong.
+    """
+    runs = {provider.name: provider.make(case, device) for provider in providers}
+    results = {name: [tensor.detach() for tensor in run()] for name, run in runs.items()}
+    errors: dict[str, float | None] = {}
+    for provider in providers:
+        errors[provider.name] = None
+        if provider.reference is not None:
+            error = relative_error(results[provider.name], results[provider.reference])
+            assert error <= provider.tolerance, f"{provider.name} on {case.title}: relative error {error:.2e}"
+            errors[provider.name] = error
+    del results
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times[providers[0].name]) < 3:
+        for name, run in runs.items():
+            times[name].append(timed(run, device))
+    least = rates.seconds(case)
+    rows = []
+    for provider in providers:
+        values = times[provider.name]
+        median = quantile(values, 0.5)
+        rows.append(
+            Row(
+                case.op,
+                case.size,
+                case.dtype,
+                case.pass_,
+                provider.name,
+                median,
+                quantile(values, 0.2),
+                quantile(values, 0.8),
+                len(values),
+                round(peak_memory(case.op, provider.name, case, device), 1) if memory else None,
+                errors[provider.name],
+                case.flops / median,
+                least / median if least else None,
+                provider.note,
+            )
+        )
+    return rows
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers belong to."""
+    import numpy
+
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+        facts["clocks"] = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str:
+    return _output(["git", "describe", "--always", "--dirty"])
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
