@@ -56,7 +56,8 @@ def released(q: Tensor, k: Tensor, q_target: Tensor, k_target: Tensor) -> Tensor
     scores, target = torch.bmm(q, k.mT), torch.bmm(q_target, k_target.mT)
     target = torch.bmm(torch.bmm(permutation, target), permutation)
     p, p_target = scores.softmax(1), target.softmax(1)
-    kl = F.kl_div(scores.log_softmax(1), p_target, reduction="mean")
+    # The mean over all N^2 elements, as nn.KLDivLoss() has it.
+    kl = F.kl_div(scores.log_softmax(1), p_target, reduction="none").mean()
     trace = F.l1_loss(p.diagonal(dim1=-2, dim2=-1).sum(-1), p_target.diagonal(dim1=-2, dim2=-1).sum(-1))
     return kl + 1e-2 * trace
 

@@ -1,7 +1,8 @@
 """A small segmentation problem made from nothing: textured objects on textured ground.
 
 Six classes. Texture tells them apart, colour only partly: the hues of striped and dotted objects overlap, and so do
-those of checked and woven ones; one object in seven has any hue at all. Light falls off across the image, objects hide each other, and there is noise.
+those of checked and woven ones; one object in seven has any hue at all. Light falls off across the image, objects
+hide each other, and there is noise.
 """
 
 from __future__ import annotations
