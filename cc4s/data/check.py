@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cc4s.config import DataConfig
 from cc4s.data.dataset import Dataset, Entry
 from cc4s.data.images import Array, ignore_index, read_image, read_index_png, verify_png
 from cc4s.data.strokes import read_scribble
 from cc4s.errors import UserError
+from cc4s.progress import progress_bar
 
 logger = logging.getLogger("cc4s")
 
@@ -64,13 +63,7 @@ def check_dataset(
     executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         results = list(
-            tqdm(
-                executor.map(check, jobs),
-                total=len(jobs),
-                desc="checking data",
-                unit="image",
-                disable=not progress,
-            )
+            progress_bar(executor.map(check, jobs), "checking data", "image", show=progress, total=len(jobs))
         )
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -14,6 +14,7 @@ from cc4s.config import DataConfig
 from cc4s.data.images import IMAGE_SUFFIXES, WIDE_IGNORE, Array, voc_palette
 from cc4s.data.strokes import SCRIBBLE_SUFFIXES
 from cc4s.errors import UserError
+from cc4s.progress import progress_bar
 
 GENERATE = "generate"
 
@@ -105,8 +106,6 @@ def open_dataset(
 
 
 def _generate_scribbles(dataset: Dataset, config: DataConfig, seed: int, work: Path, progress: bool) -> None:
-    from tqdm import tqdm
-
     from cc4s.data.check import check_dataset
     from cc4s.data.images import read_index_png, write_index_png
     from cc4s.data.scribbles import generate_scribbles, name_rng
@@ -118,7 +117,7 @@ def _generate_scribbles(dataset: Dataset, config: DataConfig, seed: int, work: P
     if missing:
         check_dataset(dataset, config, labels=True, scribbles=False, progress=progress)
         check_stamp(work / "scribbles.json", {"generator": 1, "seed": seed}, write=True)
-    for entry in tqdm(missing, desc="drawing scribbles", unit="image", disable=not progress or not missing):
+    for entry in progress_bar(missing, "drawing scribbles", "image", show=progress and bool(missing)):
         assert entry.label is not None  # the check has seen to it
         mask = read_index_png(entry.label, dataset.num_classes)
         strokes = generate_scribbles(mask, rng=name_rng(seed, entry.name), num_classes=dataset.num_classes)

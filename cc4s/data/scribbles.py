@@ -13,7 +13,6 @@ import numpy as np
 from scipy import sparse
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse.csgraph import dijkstra
-from tqdm import tqdm
 
 from cc4s.data.images import (
     IGNORE,
@@ -29,6 +28,7 @@ from cc4s.data.images import (
 from cc4s.data.strokes import SCRIBBLE_SUFFIXES, STROKE_WIDTH, draw_line, read_scribble
 from cc4s.errors import UserError
 from cc4s.files import TEMPORARY_PREFIX, atomic_write
+from cc4s.progress import progress_bar
 
 # Regions are traced on a grid of at most this many cells a side.
 _GRID = 64
@@ -400,7 +400,7 @@ def _write_folder(files: list[Path], out: Path, make: Callable[[Path], bytes], t
     foreign = there - {f"{path.stem}.png" for path in files}
     if foreign:
         raise UserError(f"{out}: the output folder holds other files ({min(foreign)}); choose an empty one")
-    made = {f"{path.stem}.png": make(path) for path in tqdm(files, desc=title, unit="image", disable=not progress)}
+    made = {f"{path.stem}.png": make(path) for path in progress_bar(files, title, "image", show=progress)}
     for name in sorted(there):
         if (out / name).read_bytes() != made[name]:
             raise UserError(f"{out / name}: exists with other content; choose an empty output folder")

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from cc4s.config import DataConfig
 from cc4s.data.dataset import Dataset, check_stamp
@@ -24,6 +23,7 @@ from cc4s.data.images import Array, write_index_png
 from cc4s.data.scribbles import generate_scribbles
 from cc4s.errors import UserError
 from cc4s.files import atomic_write, atomic_write_json, atomic_write_text
+from cc4s.progress import progress_bar
 
 CLASSES = ("ground", "striped", "dotted", "checked", "woven", "smooth")
 # Mean and spread of the hue of each class, in turns of the colour circle.
@@ -132,7 +132,7 @@ def open_synthetic(config: DataConfig, seed: int, work: Path, splits: Sequence[s
     lists = {"train": config.synthetic_train, "test": config.synthetic_eval}
     jobs = [(split, index) for split, count in lists.items() for index in range(count)]
     jobs = [job for job in jobs if not (root / "labels" / f"{_name(*job)}.png").exists()]
-    for split, index in tqdm(jobs, desc="drawing scenes", unit="image", disable=not progress or not jobs):
+    for split, index in progress_bar(jobs, "drawing scenes", "image", show=progress and bool(jobs)):
         _write_scene(root, _name(split, index), (seed, int(split == "test"), index), config.synthetic_size)
     for split, count in lists.items():
         text = "".join(f"{_name(split, index)}\n" for index in range(count))

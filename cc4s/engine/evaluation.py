@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cc4s.config import Config
 from cc4s.data import (
@@ -24,7 +23,8 @@ from cc4s.data import (
 from cc4s.engine import crf
 from cc4s.engine.inference import Predictor
 from cc4s.engine.metrics import SegmentationMetrics
-from cc4s.engine.runtime import Runtime, progress_options
+from cc4s.engine.runtime import Runtime
+from cc4s.progress import progress_bar
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def predictions(
     mine = runtime.share(list(entries))
     images = EvaluationSet(mine, config.data, num_classes)
     refine = config.inference.crf if use_crf is None else use_crf
-    for index in tqdm(range(len(images)), desc=label, unit="image", **progress_options(runtime)):
+    for index in progress_bar(range(len(images)), label, "image", show=runtime.is_main):
         sample = images[index]
         with runtime.fabric.autocast():
             probability = predictor.probabilities(sample["image"])

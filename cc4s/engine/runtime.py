@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -106,14 +105,3 @@ def seed_everything(*parts: Any) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - seeds libraries that use the global state
     torch.manual_seed(seed)
-
-
-def progress_options(runtime: Runtime | None = None) -> dict[str, Any]:
-    """Options of tqdm: on the main process only, and rarely updated where nobody watches."""
-    interactive = sys.stderr.isatty()
-    return {
-        "disable": runtime is not None and not runtime.is_main,
-        "mininterval": 0.1 if interactive else 10.0,
-        "dynamic_ncols": interactive,
-        "file": sys.stderr,
-    }

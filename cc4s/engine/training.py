@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cc4s import config as configuration
 from cc4s import transforms
@@ -20,10 +19,11 @@ from cc4s.config import Config, StageConfig
 from cc4s.data import Dataset, StepSampler, TrainingSet, worker_init
 from cc4s.engine import checkpoint
 from cc4s.engine.runfolder import RunFolder
-from cc4s.engine.runtime import Runtime, derive_seed, progress_options, seed_everything
+from cc4s.engine.runtime import Runtime, derive_seed, seed_everything
 from cc4s.errors import UserError
 from cc4s.losses import Batch, StageLoss
 from cc4s.models import build_model, synchronize
+from cc4s.progress import progress_bar
 
 
 def stage_steps(config: Config, stage: StageConfig, images: int) -> int:
@@ -118,13 +118,13 @@ class StageTraining:
     def _loop(self, network: nn.Module, module: Any, optimizer: Any, average: _Average, start: int) -> None:
         train, runtime = self.config.train, self.runtime
         batches = self._batches(start)
-        bar = tqdm(
+        bar = progress_bar(
             range(start, self.steps),
-            desc=f"{self.stage.name:>5}",
-            unit="step",
+            f"{self.stage.name:>5}",
+            "step",
+            show=runtime.is_main,
             initial=start,
             total=self.steps,
-            **progress_options(runtime),
         )
         began = time.perf_counter()
         if runtime.is_main and start < self.steps:
