@@ -82,7 +82,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernels",
         metavar="auto|reference|cpu|triton|cuda",
-        help="the same as kernels=...; not auto is strict",
+        help="the same as kernels=...",
     )
 
 
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rungs",
         type=_names,
         metavar="NAME,...",
-        help="pce, rw, entropy, consistency, pseudo, cc4s, full, released",
+        help="pce, rw, entropy, consistency, pseudo, cc4s, full, released, aspp",
     )
     return parser
 
@@ -333,8 +333,9 @@ def _pseudo_label(arguments: argparse.Namespace) -> None:
         words.append(f"pseudo.threshold={arguments.threshold}")
     if arguments.crf:
         words.append("pseudo.crf=true")
-    result = pseudo_label_folder(_trained(arguments, words, recipe), arguments.out)
-    print(f"{result['images']} pseudo-labels, {result['coverage']:.1%} of the pixels: {arguments.out}")
+    result = pseudo_label_folder(_trained(arguments, words, recipe), arguments.checkpoint, arguments.out)
+    if result:
+        print(f"{result['images']} pseudo-labels, {result['coverage']:.1%} of the pixels: {arguments.out}")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -351,7 +352,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     }
     words += [f"inference.{key}={str(value).lower()}" for key, value in options.items() if value is not None]
     count = predict_images(_trained(arguments, words), images, arguments.out, overlays=not arguments.no_overlays)
-    print(f"{count} masks: {arguments.out / 'masks'}")
+    if count:
+        print(f"{count} masks: {arguments.out / 'masks'}")
 
 
 def _scribble(arguments: argparse.Namespace) -> None:
@@ -414,6 +416,9 @@ def _leave_processes() -> None:
 
 
 def _complain(message: str) -> int:
+    if "DataLoader worker process" in message:
+        # A loader process passes its whole traceback on; the last line is the error.
+        message = message.strip().splitlines()[-1].partition("UserError: ")[2] or message
     print(f"cc4s: error: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 

@@ -18,19 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cc4s.errors import UserError
+from cc4s_kernels.ops.potts import RELAXATIONS
 
 DATASETS = ("voc2012", "pascal_context", "acdc", "msrc21", "folder", "synthetic")
 METHODS = ("cc4s", "pce", "rw", "entropy", "consistency", "pseudo", "full")
 PRESETS = ("clean", "released")
 BUDGETS = ("smoke", "short", "full")
-RELAXATIONS = (
-    "bilinear",
-    "quadratic",
-    "normalized_quadratic",
-    "collision_cross_entropy",
-    "collision_divergence",
-    "log_quadratic",
-)
 KERNELS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -54,7 +47,8 @@ class DataConfig:
     # empty eval_list is test, or val where there is no test.
     train_list: str = "train"
     eval_list: str = ""
-    # Resize images so that the long side is this many pixels before anything else; 0 keeps the size.
+    # Resize training images and their labels so that the long side is this many pixels; 0 keeps the size. Evaluation
+    # is at the images' own size, whatever inference.long_side predicts at.
     long_side: int = 0
     # Use only this many images, spread evenly over the list; 0 uses all.
     limit_train: int = 0
@@ -183,7 +177,7 @@ class TrainConfig:
     clip_grad: float = 0.0
     # Decay of the exponential moving average of the weights; 0 is off.
     ema: float = 0.0
-    # 32-true | bf16-mixed | 16-mixed
+    # 32-true | bf16-mixed
     precision: str = "32-true"
     compile: bool = False
     # Optimiser steps between checkpoints.
@@ -391,7 +385,7 @@ def validate(config: Config) -> None:
     _check_choice("data.format", config.data.format, ("folder", "voc", "pascal_context", "synthetic"))
     _check_choice("model.head", config.model.head, ("cc4s", "aspp"))
     _check_choice("model.norm", config.model.norm, ("batch", "group", "frozen"))
-    _check_choice("train.precision", config.train.precision, ("32-true", "bf16-mixed", "16-mixed"))
+    _check_choice("train.precision", config.train.precision, ("32-true", "bf16-mixed"))
     consistency = config.loss.consistency
     _check_choice("loss.consistency.normalize", consistency.normalize, ("row", "column"))
     _check_choice("loss.consistency.reduction", consistency.reduction, ("clean", "released"))
@@ -419,6 +413,13 @@ def validate(config: Config) -> None:
             f" {len(config.data.mean)}"
         )
     _validate_stages(config.stages, config.model.head)
+    if any("consistency" in stage.losses for stage in config.stages):
+        pitch = 8 * config.model.shrink
+        if (config.augment.crop - 1) % pitch or config.augment.crop < 2 * pitch + 1:
+            raise UserError(
+                f"key augment.crop: got {config.augment.crop}, expected {pitch} m + 1 with m of at least 2:"
+                " consistency needs the cells of the random walk on pixels"
+            )
 
 
 _RANGES: list[tuple[str, float, float]] = [
@@ -448,7 +449,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("loss.entropy", 0, 1e6),
     ("loss.color", 0, 1e6),
     ("loss.superpixels", 1, 100000),
-    ("loss.compactness", 0.01, 1000),
+    ("loss.compactness", 0, 100),
     ("loss.consistency.kl", 0, 1e6),
     ("loss.consistency.trace", 0, 1e6),
     ("loss.consistency.crop_shares", 0.1, 1),

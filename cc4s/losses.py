@@ -136,8 +136,10 @@ class StageLoss(nn.Module):
             bare = network if target is None else target
             statistics = nullcontext() if self.update_statistics else frozen_statistics(bare)
             with torch.no_grad(), statistics, autocast or nullcontext():
-                # The target pass is one more look at the same batch, not one more observation.
-                other = bare(transform.pixels(batch["image"]), None if valid is None else transform.pixels(valid))
+                # Not compiled: its shapes change from step to step, and it has no backward to gain from.
+                other = bare.forward(
+                    transform.pixels(batch["image"]), None if valid is None else transform.pixels(valid)
+                )
             # A mixed-precision wrapper widens what it returns, the bare network does not.
             consistency = self.consistency.terms(
                 output.q,

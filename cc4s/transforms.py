@@ -41,7 +41,7 @@ def draw(config: ConsistencyConfig, side: int, shrink: int, rng: random.Random) 
     pitch = STRIDE * shrink
     cells = (side - 1) // pitch + 1
     kind = rng.choice(config.transforms)
-    if kind == "flip" or cells < 3:
+    if kind == "flip":
         return ImageTransform(Flip(cells, cells), lambda image: image.flip(-1))
     if kind == "crop":
         tall = _kept(cells, rng.choice(config.crop_shares))

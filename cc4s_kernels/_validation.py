@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def check_number(
     Raises:
         TypeError: not a number (bool is none). ValueError: not finite or out of range.
     """
-    kinds = (int,) if integer else (int, float)
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: got {describe(value)}, expected {'an integer' if integer else 'a number'}")
     # Comparisons, not math.isfinite: under torch.compile a number may be symbolic.

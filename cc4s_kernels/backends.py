@@ -45,6 +45,7 @@ class Explanation(NamedTuple):
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str | None = None
+_strict = True
 _cuda: list[bool] = []
 
 
@@ -99,9 +100,9 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """
     if _forced is not None:
         reason = _refusal(op, _forced, args, kwargs)
-        if reason is not None:
+        if reason is not None and _strict:
             raise RuntimeError(f"use_backend({_forced!r}): {op} cannot run there: {reason}")
-        return _implementations[op][_forced].function
+        return _implementations[op][_forced if reason is None else "reference"].function
     for backend in BACKENDS:
         if _refusal(op, backend, args, kwargs) is None:
             return _implementations[op][backend].function
@@ -109,34 +110,36 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, *, strict: bool = True) -> Iterator[None]:
     """Runs every op of the block on backend `name`, for the whole process.
-
-    Strict: an op without such a backend, or a call that it cannot run, raises `RuntimeError` with the reason.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda"; "auto" restores the automatic choice.
+        strict: an op without such a backend, or a call that it cannot run, raises `RuntimeError` with the reason.
+            False runs the reference instead, and never a third backend; `explain` says which ops those are.
 
     Raises:
         ValueError: unknown name.
     """
-    global _forced
+    global _forced, _strict
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
-    previous = _forced
-    _forced = None if name == "auto" else name
+    previous = _forced, _strict
+    _forced, _strict = (None if name == "auto" else name), strict
     try:
         yield
     finally:
-        _forced = previous
+        _forced, _strict = previous
 
 
 def _explain(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     reasons: dict[str, str] = {}
     chosen: str | None = None
+    # What may run at all, in order of choice.
+    allowed = BACKENDS if _forced is None else (_forced,) if _strict else (_forced, "reference")
     for backend in BACKENDS:
         reason = _refusal(op, backend, args, kwargs)
-        if _forced is not None and backend != _forced:
+        if backend not in allowed:
             reason = f"use_backend({_forced!r}) is in force"
         elif reason is None and chosen is None:
             chosen = backend

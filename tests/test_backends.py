@@ -176,3 +176,15 @@ def test_forcing_reaches_compiled_code():
     with ck.use_backend(absent), pytest.raises(Exception, match="random_walk cannot run there"):
         compiled(q, q, q)
     assert torch.equal(compiled(q, q, q), q)
+
+
+def test_not_strict_runs_the_reference_where_the_backend_has_no_kernel() -> None:
+    prob = torch.rand(1, 4, 5, 6).softmax(1)
+    grid = ck.pixel_grid(5, 6)
+    expected = ck.potts(prob, grid)
+    with ck.use_backend("cuda"), pytest.raises(RuntimeError, match="potts"):
+        ck.potts(prob, grid)
+    with ck.use_backend("cuda", strict=False):
+        torch.testing.assert_close(ck.potts(prob, grid), expected)
+        assert ck.explain("potts", prob, grid).backend == "reference"
+    assert ck.explain("potts", prob, grid).backend in ("cpu", "reference")

@@ -629,3 +629,18 @@ def test_wrong_inputs(changes: dict[str, Any], error: type[Exception], message: 
     labels, image = inputs.pop("labels"), inputs.pop("image")
     with pytest.raises(error, match=message):
         scribble_loss()(batch.logits, labels, image, **inputs)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 256])
+def test_ignore_index_outside_the_labels_dtype(ignore_index: int) -> None:
+    """uint8 labels are compared as numbers: none of them is -1, and 0 is not 256."""
+    logits = torch.randn(1, 3, 4, 4)
+    labels = (torch.arange(16).reshape(1, 4, 4) % 3).to(torch.uint8)
+    loss = ck.nn.PartialCrossEntropyLoss(ignore_index=ignore_index)
+    assert loss.count(labels) == 16
+    expected = F.cross_entropy(logits, labels.long())
+    torch.testing.assert_close(loss(logits, labels, normalizer=loss.count(labels)), expected)
+    wrong = labels.clone()
+    wrong[0, 0, 0] = ignore_index % 256 if ignore_index < 0 else 255
+    with pytest.raises(ValueError, match="labels"):
+        loss(logits, wrong)

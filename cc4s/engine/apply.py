@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +43,43 @@ def evaluate_checkpoint(trained: Trained, out: Path | None = None) -> dict[str, 
     return result
 
 
-def pseudo_label_folder(trained: Trained, out: Path) -> dict[str, Any]:
+def pseudo_label_folder(trained: Trained, checkpoint: Path, out: Path) -> dict[str, Any]:
     """Pseudo-labels for the training images of the configuration's data, as PNGs in `out`.
 
+    The same call goes on where it was interrupted: pseudo_labels.json says what the PNGs were made with.
+
     Returns:
-        `images`, `coverage` and, where masks exist, the metrics of the labelled pixels.
+        `images`, `coverage` and, where masks exist, the metrics of the labelled pixels; {} on other processes.
 
     Raises:
-        UserError: unusable data, or `out` holds other files.
+        UserError: unusable data, or `out` holds anything else.
     """
     config = trained.config
     runtime = Runtime(config)
-    foreign = [path for path in out.iterdir() if path.suffix != ".png"] if out.is_dir() else []
-    if foreign:
-        raise UserError(f"--out {out}: holds other files ({foreign[0].name}); choose an empty folder")
+    settings = {
+        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "data": asdict(config.data),
+        "inference": asdict(config.inference),
+        "pseudo": asdict(config.pseudo),
+    }
+    stamp = out / "pseudo_labels.json"
+    if runtime.is_main:
+        if out.is_dir() and any(out.iterdir()) and not stamp.is_file():
+            raise UserError(f"--out {out}: not empty and not written by this command; choose another folder")
+        if stamp.is_file() and json.loads(stamp.read_text())["settings"] != settings:
+            raise UserError(
+                f"--out {out}: holds pseudo-labels of another checkpoint or of other settings; choose another folder"
+            )
     with _opened(trained, splits=("train",)) as dataset, kernels(config.kernels):
         network = trained.network.to(runtime.device)
-        return evaluation.write_pseudo_labels(network, dataset, config, runtime, out)
+        if runtime.is_main:
+            atomic_write_json(stamp, {"settings": settings})
+        runtime.barrier()
+        result = evaluation.write_pseudo_labels(network, dataset, config, runtime, out)
+    if not runtime.is_main:
+        return {}
+    atomic_write_json(stamp, {"settings": settings, "result": result})
+    return result
 
 
 def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overlays: bool = True) -> int:
@@ -67,7 +90,7 @@ def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overl
         overlays: write the overlays too.
 
     Returns:
-        Number of images.
+        Number of images; 0 on other processes.
 
     Raises:
         UserError: no image, an unreadable one, or two of the same name.
@@ -83,7 +106,7 @@ def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overl
     with kernels(config.kernels):
         network = trained.network.to(runtime.device)
         for name, probability, sample in evaluation.predictions(
-            network, entries, config, runtime, num_classes, "predict"
+            network, runtime.share(entries), config, runtime, num_classes, "predict"
         ):
             mask = probability.argmax(0).cpu().numpy().astype(np.uint8 if num_classes <= 255 else np.uint16)
             write_index_png(out / "masks" / f"{name}.png", mask, palette, num_classes)
@@ -94,7 +117,7 @@ def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overl
                 Image.fromarray(picture).save(buffer, "PNG")
                 atomic_write(out / "overlays" / f"{name}.png", buffer.getvalue())
     runtime.barrier()
-    return len(files)
+    return len(files) if runtime.is_main else 0
 
 
 def _image_files(inputs: Sequence[Path]) -> list[Path]:

@@ -46,5 +46,5 @@ def run_demo(out: Path, overrides: list[str] | None = None, **fixed: Any) -> dic
     rows = {name: found[name] for name in TITLES if name in found}
     atomic_write_json(out / "demo.json", rows)
     others = {TITLES[name]: rows[name] for name in ("pce", "full")}
-    main.write_report(main.open_data(True), metrics["cc4s"], out / "report.html", others)
+    main.write_report(metrics["cc4s"], out / "report.html", others)
     return rows

@@ -18,6 +18,7 @@ from cc4s.data import (
     ignore_index,
     read_index_png,
     read_scribble,
+    to_rgb,
     write_index_png,
 )
 from cc4s.engine import crf
@@ -43,7 +44,8 @@ def evaluate(
         What `SegmentationMetrics.compute` returns.
     """
     metrics = new_metrics(dataset, config)
-    for name, probability, sample in predictions(network, dataset.eval, config, runtime, len(dataset.classes), label):
+    mine = runtime.share(dataset.eval)
+    for name, probability, sample in predictions(network, mine, config, runtime, len(dataset.classes), label):
         metrics.update(name, probability.argmax(0).cpu(), sample["label"])
     merged = new_metrics(dataset, config)
     for state in runtime.gather(metrics.state()):
@@ -70,10 +72,9 @@ def predictions(
     label: str,
     use_crf: bool | None = None,
 ) -> Any:
-    """Yields (name, probabilities (C, H, W), sample) for this process's share of `entries`."""
+    """Yields (name, probabilities (C, H, W), sample) for `entries`: this process's share of the work."""
     predictor = Predictor(network, config.inference, config.data)
-    mine = runtime.share(list(entries))
-    images = EvaluationSet(mine, config.data, num_classes)
+    images = EvaluationSet(entries, config.data, num_classes)
     refine = config.inference.crf if use_crf is None else use_crf
     for index in progress_bar(range(len(images)), label, "image", show=runtime.is_main):
         sample = images[index]
@@ -85,9 +86,8 @@ def predictions(
 
 
 def as_uint8(image: Tensor) -> np.ndarray:
-    """(channels, H, W) in [0, 1] -> (H, W, 3) uint8; one channel becomes grey, of more than three the first three."""
-    colour = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
-    return (colour * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    """(channels, H, W) in [0, 1] -> (H, W, 3) uint8, as `cc4s.data.to_rgb`."""
+    return to_rgb(image.permute(1, 2, 0).cpu().numpy())
 
 
 def pseudo_label(probability: Tensor, scribble: np.ndarray | None, threshold: float, ignore_index: int) -> np.ndarray:
@@ -121,7 +121,9 @@ def write_pseudo_labels(
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_classes = len(dataset.classes)
-    missing = [entry for entry in dataset.train if not (folder / f"{entry.name}.png").is_file()]
+    # The share comes first: what is missing changes while the processes write.
+    mine = runtime.share(dataset.train)
+    missing = [entry for entry in mine if not (folder / f"{entry.name}.png").is_file()]
     by_name = {entry.name: entry for entry in missing}
     for name, probability, _ in predictions(
         network, missing, config, runtime, num_classes, "pseudo-labels", use_crf=config.pseudo.crf

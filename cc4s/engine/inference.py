@@ -19,7 +19,6 @@ class Predictor:
         network: a segmenter in eval mode, on the device it shall run on.
         inference: scales, flip, long side, window and stride.
         data: channel statistics for normalisation.
-        autocast: a context for the forward pass, such as `fabric.autocast`.
     """
 
     def __init__(self, network: nn.Module, inference: InferenceConfig, data: DataConfig) -> None:
@@ -68,7 +67,8 @@ class Predictor:
         count = image.new_zeros(1, 1, height, width)
         for top, left in window_corners(height, width, window, self.inference.stride):
             part = image[..., top : top + tall, left : left + wide]
-            logits = self.network(part).logits.float()
+            # Not compiled: every image size would be compiled anew.
+            logits = self.network.forward(part).logits.float()
             logits = F.interpolate(logits, size=(tall, wide), mode="bilinear", align_corners=True)
             probability = logits.softmax(1)
             if (tall, wide) == (height, width):

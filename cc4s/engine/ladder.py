@@ -12,16 +12,12 @@ from cc4s.errors import UserError
 from cc4s.files import atomic_write, atomic_write_json, atomic_write_text
 from cc4s.report import figure_png, ladder_figure, ladder_markdown
 
-# Rung name -> method and preset.
-RUNGS: dict[str, tuple[str, str]] = {
-    "pce": ("pce", "clean"),
-    "rw": ("rw", "clean"),
-    "entropy": ("entropy", "clean"),
-    "consistency": ("consistency", "clean"),
-    "pseudo": ("pseudo", "clean"),
-    "cc4s": ("cc4s", "clean"),
-    "full": ("full", "clean"),
-    "released": ("cc4s", "released"),
+# What makes each rung, over the recipe. The last two stand beside the ladder: what the authors' code does, and their
+# baseline, which has another head.
+RUNGS: dict[str, dict[str, str]] = {
+    **{method: {"method": method} for method in ("pce", "rw", "entropy", "consistency", "pseudo", "cc4s", "full")},
+    "released": {"method": "cc4s", "preset": "released"},
+    "aspp": {"method": "pce", "model__head": "aspp"},
 }
 
 
@@ -55,12 +51,10 @@ def run_ladder(
     if not seeds:
         raise UserError("--seeds: got none, expected at least one")
     for word in overrides:
-        if word.split("=")[0] in ("method", "preset", "seed"):
+        if word.split("=")[0] in ("method", "preset", "seed", "model.head"):
             raise UserError(f"command line: key {word.split('=')[0]} is set by the ladder itself")
     configs = {
-        (rung, seed): load_config(
-            recipe, list(overrides), method=RUNGS[rung][0], preset=RUNGS[rung][1], seed=seed, **fixed
-        )
+        (rung, seed): load_config(recipe, list(overrides), seed=seed, **RUNGS[rung], **fixed)
         for seed in seeds
         for rung in chosen
     }

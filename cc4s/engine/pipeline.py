@@ -16,12 +16,13 @@ from torch.nn import functional as F
 import cc4s_kernels as ck
 from cc4s.config import Config, StageConfig, to_dict
 from cc4s.data import Dataset, Entry, check_dataset, normalize, open_dataset, read_index_png, read_scribble
+from cc4s.data.dataset import take_evenly
 from cc4s.engine import checkpoint, evaluation
 from cc4s.engine.inference import Predictor
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, kernels
 from cc4s.engine.trackers import open_trackers
-from cc4s.engine.training import StageTraining, new_network
+from cc4s.engine.training import StageTraining
 from cc4s.errors import UserError
 from cc4s.files import atomic_write_json
 from cc4s.report import ReportImage, write_report
@@ -46,6 +47,7 @@ class Run:
     def __init__(self, config: Config, out: Path, runtime: Runtime | None = None) -> None:
         self.config = config
         self.folder = RunFolder(out)
+        self.dataset: Dataset | None = None
         self.runtime = runtime or Runtime(config)
         # The main process alone looks: another one might see what it is just creating.
         if self.runtime.is_main:
@@ -62,15 +64,17 @@ class Run:
             The content of metrics.json ({} without report).
 
         Raises:
-            UserError: bad input; the forced backend has no kernel for an op.
+            UserError: bad input, or a backend that cannot run here.
         """
         stages = self._stages(until)
         # One process owns the folder; the others only read it.
         with kernels(self.config.kernels), self.folder.lock() if self.runtime.is_main else nullcontext():
-            dataset = self.open_data(report)
+            self.dataset = dataset = self._open_data(report)
             if self.runtime.is_main:
                 self.folder.mend_log()
                 self.folder.trackers = open_trackers(self.config, self.folder.path)
+                if not self.config.model.backbone_weights:
+                    logger.info("the backbone starts from random weights: model.backbone_weights is empty")
             began = time.perf_counter()
             for index, stage in enumerate(stages):
                 if stage.labels == "pseudo":
@@ -83,7 +87,7 @@ class Run:
             metrics = self._collect(stages, dataset)
             if self.runtime.is_main:
                 atomic_write_json(self.folder.metrics_file, metrics)
-                self.write_report(dataset, metrics)
+                self.write_report(metrics)
                 self.folder.log(event="end", seconds=round(time.perf_counter() - began, 3))
             self.runtime.barrier()
             return metrics
@@ -96,27 +100,26 @@ class Run:
             raise UserError(f"--stage: got {until!r}, expected one of {', '.join(names)}")
         return self.config.stages[: names.index(until) + 1]
 
-    def open_data(self, need_eval: bool) -> Dataset:
+    def _open_data(self, need_eval: bool) -> Dataset:
         """Opens the data; the main process first checks every file of it, before the run writes anything."""
         config, kinds = self.config, {stage.labels for stage in self.config.stages}
         splits = ("train", "eval") if need_eval else ("train",)
 
         def opened() -> Dataset:
             return open_dataset(
-                config.data,
-                seed=config.seed,
-                work=self.folder.data,
-                splits=splits,
-                progress=self.runtime.is_main,
+                config.data, seed=config.seed, work=self.folder.data, splits=splits, progress=self.runtime.is_main
             )
 
-        if self.runtime.is_main:
-            # A network that cannot be built is bad input too.
-            new_network(config, config.stages[0], num_classes=2)
-            check_dataset(opened(), config.data, labels="masks" in kinds, scribbles="scribbles" in kinds, progress=True)
-            self.folder.create(config)
+        if not self.runtime.is_main:
+            self.runtime.barrier()
+            return opened()
+        dataset = opened()
+        check_dataset(dataset, config.data, labels="masks" in kinds, scribbles="scribbles" in kinds, progress=True)
+        for stage in config.stages:
+            StageTraining(config, stage, dataset, self.folder, self.runtime).check()
+        self.folder.create(config)
         self.runtime.barrier()
-        return opened()
+        return dataset
 
     def _train(self, stage: StageConfig, dataset: Dataset) -> nn.Module | None:
         """The stage's network if it was trained just now, None if its checkpoint was there."""
@@ -187,22 +190,25 @@ class Run:
 
     def write_report(
         self,
-        dataset: Dataset,
         metrics: dict[str, Any],
         path: Path | None = None,
         table: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Writes report.html of a finished run.
+        """Writes report.html of a run that `execute` has finished.
 
         Args:
-            dataset: of the run. metrics: the content of metrics.json.
+            metrics: the content of metrics.json.
             path: the file; the run's own report.html if None.
             table: metrics of other runs to compare with, by name.
         """
+        dataset = self.dataset
+        assert dataset is not None
         network = self._network(self.config.stages[-1].name)
         count = self.config.report.images
-        images = [self._picture(network, entry, dataset, training=True) for entry in _spread(dataset.train, count)]
-        images += [self._picture(network, entry, dataset, training=False) for entry in _spread(dataset.eval, count)]
+        images = []
+        for entries, training in ((dataset.train, True), (dataset.eval, False)):
+            chosen = take_evenly(entries, count) if count else []
+            images += [self._picture(network, entry, dataset, training=training) for entry in chosen]
         write_report(
             path or self.folder.report_file,
             title=f"{self.config.dataset}: {self.config.method}",
@@ -266,9 +272,3 @@ def eigenvectors(
     rows, columns = output.grid
     maps = vectors[0].T.reshape(count, rows, columns)
     return maps.cpu().numpy(), values[0].cpu().numpy()
-
-
-def _spread(entries: list[Entry], count: int) -> list[Entry]:
-    """`count` entries spread evenly over the list."""
-    count = min(count, len(entries))
-    return [entries[index * len(entries) // count] for index in range(count)]

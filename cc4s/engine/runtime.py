@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,8 @@ from torch import Tensor, distributed
 import cc4s_kernels as ck
 from cc4s.config import Config
 from cc4s.errors import UserError
+
+logger = logging.getLogger("cc4s")
 
 
 class Runtime:
@@ -85,8 +88,22 @@ class Runtime:
 
 
 def kernels(name: str) -> AbstractContextManager[None]:
-    """The backend that the key `kernels` names, strictly; "auto" leaves the choice to every op."""
-    return nullcontext() if name == "auto" else ck.use_backend(name)
+    """The backend that the key `kernels` names, for the ops that have it; "auto" leaves the choice to every op.
+
+    Ops without that backend run their reference, and the log names them.
+
+    Raises:
+        UserError: the backend cannot run on this machine at all.
+    """
+    if name == "auto":
+        return nullcontext()
+    reason = ck.backends.missing(name)
+    if reason is not None:
+        raise UserError(f"key kernels: {name!r} cannot run here: {reason}")
+    without = [op for op in ck.backends.ops() if name not in ck.backends.available(op)]
+    if without:
+        logger.info("kernels=%s: the reference runs for %s, which have no %s kernel", name, ", ".join(without), name)
+    return ck.use_backend(name, strict=False)
 
 
 def derive_seed(*parts: Any) -> int:

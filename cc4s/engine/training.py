@@ -64,6 +64,15 @@ class StageTraining:
         self.steps = stage_steps(config, stage, len(dataset.train))
         self.loss = StageLoss(config, stage, len(dataset.classes)).to(runtime.device)
 
+    def check(self) -> None:
+        """Builds the network and the sampler once: what the configuration asks for must be possible.
+
+        Raises:
+            UserError: weights that do not fit, or a batch that does not divide.
+        """
+        new_network(self.config, self.stage, len(self.dataset.classes))
+        self._sampler(0)
+
     def run(self) -> nn.Module:
         """Trains to the end, writes the stage's checkpoint and returns the network (EMA weights where on)."""
         config, fabric = self.config, self.runtime.fabric
@@ -133,7 +142,8 @@ class StageTraining:
             terms, norm, lr = self._step(network, module, optimizer, batches, step)
             average.update(network)
             done = step + 1
-            if done % train.log_every == 0 or done == self.steps:
+            save = done % train.checkpoint_every == 0 and done < self.steps
+            if done % train.log_every == 0 or done == self.steps or save:
                 values = {name: value.item() for name, value in terms.items()}
                 values = self._mean_over_processes(values)
                 if not math.isfinite(values["loss"]):
@@ -153,7 +163,7 @@ class StageTraining:
                         grad_norm=float(norm),
                         seconds=round(time.perf_counter() - began, 3),
                     )
-            if done % train.checkpoint_every == 0 and done < self.steps and runtime.is_main:
+            if save and runtime.is_main:
                 content = self._content(network)
                 content |= {"optimizer": optimizer.state_dict(), "average": average.state(), "step": done}
                 checkpoint.save(self.folder.running, content)
@@ -214,24 +224,26 @@ class StageTraining:
             superpixels=config.loss.superpixels if self.loss.needs_superpixels else 0,
             compactness=config.loss.compactness,
         )
-        sampler = StepSampler(
-            len(samples),
-            config.train.batch_size,
-            seed=config.seed,
-            start_step=start,
-            total_steps=self.steps,
-            accumulate=config.train.accumulate,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-        )
         loader = DataLoader(
             samples,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(start),
             num_workers=config.train.workers,
             pin_memory=self.runtime.device.type == "cuda",
             worker_init_fn=worker_init,
         )
         return iter(loader)
+
+    def _sampler(self, start: int) -> StepSampler:
+        return StepSampler(
+            len(self.dataset.train),
+            self.config.train.batch_size,
+            seed=self.config.seed,
+            start_step=start,
+            total_steps=self.steps,
+            accumulate=self.config.train.accumulate,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
 
 
 class _Average:

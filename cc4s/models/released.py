@@ -25,6 +25,7 @@ _PARTS = {
 
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # A second branch that their network builds and never runs.
+# conv5b never runs; fc is ImageNet's classifier, which some files carry along.
 _UNUSED = {"conv5b.0.weight"} | {f"conv5b.1.{name}" for name in _NORM}
 
 
@@ -70,7 +71,7 @@ def load_released_checkpoint(path: str | Path, *, num_classes: int | None = None
         part = next((p for p in _PARTS if key.startswith(p)), None)
         if part is not None:
             ours[_PARTS[part] + key[len(part) :]] = value
-        elif key not in _UNUSED:
+        elif key not in _UNUSED and not key.startswith("model_sed.fc."):
             raise UserError(f"{path}: not the weights of {what}: unknown key {key}")
 
     def shape(key: str, dims: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ RUNGS = {
     "cc4s": "+ colour = CC4S",
     "full": "full supervision",
     "released": "released preset",
+    "aspp": "partial cross-entropy, ASPP head",
 }
 _CLIMB = ("pce", "rw", "entropy", "consistency", "pseudo", "cc4s", "full")
 _METRICS = {"miou": "mIoU", "dice": "Dice", "volume_dice": "Dice per volume", "volume_iou": "IoU per volume"}

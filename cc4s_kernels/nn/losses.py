@@ -66,7 +66,8 @@ def _ignore_outside(labels: Tensor, mask: Tensor | None, ignore_index: int) -> T
 
 def _labelled_count(labels: Tensor, mask: Tensor | None, ignore_index: int, class_weight: Tensor | None) -> Tensor:
     """Number of labelled pixels inside the mask, or the sum of their class weights: 0-d float32."""
-    labelled = labels != ignore_index
+    # Compared with a uint8 tensor, -1 would be 255.
+    labelled = labels.long() != ignore_index
     if mask is not None:
         labelled = labelled & mask
     if class_weight is None:
@@ -308,7 +309,7 @@ class _RegionEnergy(nn.Module):
     def forward(self, pooled: Tensor, counts: Tensor, image: Tensor, superpixels: Tensor) -> Tensor:
         """(B,) energies."""
         with torch.no_grad():
-            graph = color_affinity(image, superpixels, self.num_superpixels, max_edges=self.max_edges)
+            graph = color_affinity(image, superpixels.to(torch.int32), self.num_superpixels, max_edges=self.max_edges)
         return potts(_region_mean(pooled, counts), graph, relaxation=self.relaxation, norm=self.norm)
 
     def extra_repr(self) -> str:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from cc4s.cli import main
 from tests.cc4s.run_tools import TINY, command, environment, loss_curve, read_log
@@ -164,10 +166,22 @@ def test_accumulation_trains_like_one_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["train.precision=bf16-mixed", "train.ema=0.9", "preset=released", "method=full", "method=pce", "model.head=aspp"],
+    [
+        "train.precision=bf16-mixed",
+        "train.compile=true",
+        "train.ema=0.9",
+        "kernels=cpu",
+        "preset=released",
+        "method=full",
+        "method=pce",
+        "model.head=aspp",
+    ],
 )
-def test_options_run(option: str, tmp_path: Path) -> None:
+def test_options_run(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extra = ["stages.0.losses=[]"] if option == "model.head=aspp" else []
+    if option == "train.compile=true":
+        # Inductor compiles for a minute; what is tested is that the compiled network trains and saves.
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     stage = {"method=full": "full", "method=pce": "pce"}.get(option, "ur" if extra else "ss")
     if extra:
         extra.append("method=pce")
@@ -183,4 +197,39 @@ def test_demo_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["pce", "ur", "ss", "pseudo_labels", "ur2", "ss2", "full"]
     printed = capsys.readouterr().out
     assert "full supervision" in printed
+    assert (tmp_path / "demo" / "report.html").is_file()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    """What is only found when networks and samplers are built is found before the run writes anything."""
+    for words in (["train.batch_size=3", "train.accumulate=2"], ["kernels=cuda"], ["model.backbone_weights=none.pth"]):
+        out = tmp_path / "out"
+        assert main(["run", "synthetic", "--out", str(out), *TINY, *words]) == 2
+        assert not (out / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_pseudo_labels_are_complete_whatever_the_order_of_processes(finished: Path, tmp_path: Path) -> None:
+    """Every process keeps to its share, also where some files are there already."""
+    checkpoint = str(finished / "checkpoints" / "ss.pt")
+    out = tmp_path / "pseudo"
+    torchrun(["pseudo-label", "--checkpoint", checkpoint, "--out", str(out)], 2)
+    names = sorted(path.name for path in out.glob("*.png"))
+    assert names == sorted(path.name for path in (finished / "pseudo_labels").glob("*.png"))
+    for name in names:
+        assert (out / name).read_bytes() == (finished / "pseudo_labels" / name).read_bytes()
+
+
+def test_pseudo_labels_of_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
+    words = ["pseudo-label", "--checkpoint", str(finished / "checkpoints" / "ss.pt"), "--out", str(tmp_path / "p")]
+    assert main(words) == 0
+    assert main(words) == 0
+    assert main([*words, "--threshold", "0.99"]) == 2
+    other = [word.replace("ss.pt", "ur.pt") for word in words]
+    assert main(other) == 2
+
+
+@pytest.mark.slow
+def test_demo_under_torchrun(tmp_path: Path) -> None:
+    torchrun(["demo", "--out", str(tmp_path / "demo"), *TINY], 2)
     assert (tmp_path / "demo" / "report.html").is_file()

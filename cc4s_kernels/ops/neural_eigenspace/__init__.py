@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cc4s_kernels import backends
-from cc4s_kernels._validation import check_choice, check_number
+from cc4s_kernels._validation import check_choice, check_number, may_read_values
 from cc4s_kernels.ops.neural_eigenspace import library as library
 from cc4s_kernels.ops.random_walk.checks import check_queries_and_keys
 
@@ -63,5 +63,8 @@ def neural_eigenspace(
     check_number("scale", scale)
     check_choice("normalize", normalize, ("row", "symmetric"))
     q, k = q.detach(), k.detach()
+    for name, value in (("q", q), ("k", k)):
+        if may_read_values(value) and not value.isfinite().all():
+            raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
     run = backends.select("neural_eigenspace", q, k, num, scale=scale, normalize=normalize)
     return NeuralEigenspace(*run(q, k, num, scale=scale, normalize=normalize))

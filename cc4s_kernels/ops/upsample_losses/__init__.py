@@ -139,7 +139,8 @@ def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     low, high = (int(value) for value in torch.aminmax(labels))
     if low >= 0 and high < classes:
         return
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    # Compared with a uint8 tensor, -1 would be 255.
+    wrong = ((labels < 0) | (labels >= classes)) & (labels.long() != ignore_index)
     found = labels[wrong]
     if found.numel():
         raise ValueError(
