@@ -7,7 +7,8 @@ from typing import Any
 
 from cc4s.config import load_config
 from cc4s.engine.pipeline import Run
-from cc4s.files import atomic_write_json
+from cc4s.files import atomic_write, atomic_write_json
+from cc4s.report import contact_sheet, figure_png
 
 TITLES = {
     "pce": "partial cross-entropy alone",
@@ -21,7 +22,7 @@ TITLES = {
 
 
 def run_demo(out: Path, overrides: list[str] | None = None, **fixed: Any) -> dict[str, dict[str, Any]]:
-    """Runs pce, full and cc4s under `out` with one network and one budget; writes demo.json and report.html there.
+    """Runs pce, full and cc4s with one network and one budget; writes demo.json, report.html and pictures.png.
 
     Each method is a run of its own (folder `out`/<method>) and continues where it was interrupted.
 
@@ -46,5 +47,10 @@ def run_demo(out: Path, overrides: list[str] | None = None, **fixed: Any) -> dic
     rows = {name: found[name] for name in TITLES if name in found}
     atomic_write_json(out / "demo.json", rows)
     others = {TITLES[name]: rows[name] for name in ("pce", "full")}
-    main.write_report(metrics["cc4s"], out / "report.html", others)
+    assert main.dataset is not None
+    images = main.pictures()
+    main.write_report(metrics["cc4s"], images, out / "report.html", others)
+    # The first eigenvector is constant up to the density of the graph.
+    sheet = contact_sheet(images[:3], main.dataset.classes, main.dataset.palette, eigenvectors=3, skip_eigenvectors=1)
+    atomic_write(out / "pictures.png", figure_png(sheet))
     return rows

@@ -87,7 +87,7 @@ class Run:
             metrics = self._collect(stages, dataset)
             if self.runtime.is_main:
                 atomic_write_json(self.folder.metrics_file, metrics)
-                self.write_report(metrics)
+                self.write_report(metrics, self.pictures())
                 self.folder.log(event="end", seconds=round(time.perf_counter() - began, 3))
             self.runtime.barrier()
             return metrics
@@ -188,27 +188,32 @@ class Run:
             metrics["pseudo_labels"] = pseudo
         return metrics
 
+    def pictures(self) -> list[ReportImage]:
+        """Overlays and eigenvectors for `report.images` training and as many evaluation images of a finished run."""
+        dataset, count = self.dataset, self.config.report.images
+        assert dataset is not None, "execute comes first"
+        network = self._network(self.config.stages[-1].name)
+        made = []
+        for entries, training in ((dataset.train, True), (dataset.eval, False)):
+            chosen = take_evenly(entries, count) if count else []
+            made += [self._picture(network, entry, dataset, training=training) for entry in chosen]
+        return made
+
     def write_report(
         self,
         metrics: dict[str, Any],
+        images: list[ReportImage],
         path: Path | None = None,
         table: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Writes report.html of a run that `execute` has finished.
+        """Writes report.html of a finished run.
 
         Args:
-            metrics: the content of metrics.json.
+            metrics: the content of metrics.json. images: from `pictures`.
             path: the file; the run's own report.html if None.
             table: metrics of other runs to compare with, by name.
         """
-        dataset = self.dataset
-        assert dataset is not None
-        network = self._network(self.config.stages[-1].name)
-        count = self.config.report.images
-        images = []
-        for entries, training in ((dataset.train, True), (dataset.eval, False)):
-            chosen = take_evenly(entries, count) if count else []
-            images += [self._picture(network, entry, dataset, training=training) for entry in chosen]
+        assert self.dataset is not None, "execute comes first"
         write_report(
             path or self.folder.report_file,
             title=f"{self.config.dataset}: {self.config.method}",
@@ -216,8 +221,8 @@ class Run:
             metrics=metrics,
             log=self.folder.read_log(),
             images=images,
-            classes=list(dataset.classes),
-            palette=dataset.palette,
+            classes=list(self.dataset.classes),
+            palette=self.dataset.palette,
             table=table,
         )
 
