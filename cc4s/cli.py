@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -387,8 +388,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("cc4s").setLevel(logging.INFO)
-    # Libraries announce their hardware choices at this level.
-    logging.getLogger("lightning").setLevel(logging.ERROR)
     try:
         parsed.run(parsed)
     except UserError as error:
@@ -419,7 +418,13 @@ def _complain(message: str) -> int:
     if "DataLoader worker process" in message:
         # A loader process passes its whole traceback on; the last line is the error.
         message = message.strip().splitlines()[-1].partition("UserError: ")[2] or message
-    print(f"cc4s: error: {' '.join(message.split())}", file=sys.stderr)
+    if "tqdm" in sys.modules:
+        # A bar that the error left open would share its line with the message.
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+    # All processes of a distributed run come here with the same message.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"cc4s: error: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cc4s.errors import UserError
+
 TEMPORARY_PREFIX = ".partial-"
+
+
+def check_output_file(path: str | Path, option: str) -> None:
+    """Refuses what `atomic_write` could not replace by a file, before the work that leads there.
+
+    Raises:
+        UserError: a folder, a device, or below something that is no folder; `option` names the argument.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} {path}: is not a regular file; expected the name of a file to write")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"{option} {path}: {parent} is not a folder")
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -24,6 +41,8 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress_bar(items: Iterable[T], title: str, unit: str, *, show: bool = True, **options: Any) -> tqdm[T]:
-    """`tqdm` over `items`; redrawn often on a terminal, every ten seconds in a file."""
+    """`tqdm` over `items`; in a file, a line every ten seconds of work that takes longer than that."""
     watched = sys.stderr.isatty()
     return tqdm(
         items,
@@ -20,6 +20,7 @@ def progress_bar(items: Iterable[T], title: str, unit: str, *, show: bool = True
         unit=unit,
         disable=not show,
         mininterval=0.1 if watched else 10.0,
+        delay=0.0 if watched else 10.0,
         # tqdm adapts the number of items between looks at the clock; slow items after fast ones would be missed.
         miniters=1,
         dynamic_ncols=watched,

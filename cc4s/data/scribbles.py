@@ -278,6 +278,8 @@ def generate_scribble_folder(
         UserError: no masks, a bad mask, or `out` holds anything else.
     """
     labels = Path(labels)
+    if (labels / "images").is_dir() and not (labels / "labels").is_dir():
+        raise UserError(f"{labels / 'labels'}: no such folder")
     if (labels / "labels").is_dir():
         num_classes = num_classes or len(_class_names(labels / "classes.json"))
         labels = labels / "labels"
@@ -352,6 +354,8 @@ def _scribble_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], S
     classes = classes or _class_names(folder / "classes.json")
     if (folder / "scribbles").is_dir():
         folder = folder / "scribbles"
+    elif (folder / "images").is_dir():
+        raise UserError(f"{folder / 'scribbles'}: no such folder")
     return _list_files(folder, SCRIBBLE_SUFFIXES, "scribbles (.png, .xml, .json)"), classes
 
 

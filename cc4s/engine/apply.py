@@ -21,7 +21,7 @@ from cc4s.engine import evaluation
 from cc4s.engine.checkpoint import Trained
 from cc4s.engine.runtime import Runtime, kernels
 from cc4s.errors import UserError
-from cc4s.files import atomic_write, atomic_write_json
+from cc4s.files import atomic_write, atomic_write_json, check_output_file
 from cc4s.report import overlay
 
 
@@ -31,6 +31,8 @@ def evaluate_checkpoint(trained: Trained, out: Path | None = None) -> dict[str, 
     Raises:
         UserError: unusable data, or another number of classes.
     """
+    if out is not None:
+        check_output_file(out, "--out")
     config = trained.config
     runtime = Runtime(config)
     with _opened(trained, splits=("eval",)) as dataset, kernels(config.kernels):
@@ -95,6 +97,8 @@ def predict_images(trained: Trained, inputs: Sequence[Path], out: Path, *, overl
     Raises:
         UserError: no image, an unreadable one, or two of the same name.
     """
+    if (out / "config.yaml").exists():
+        raise UserError(f"--out {out}: is the folder of a run; choose another one")
     files = _image_files(inputs)
     config, num_classes = trained.config, len(trained.classes)
     for path in files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 
 from cc4s.errors import UserError
@@ -10,6 +12,12 @@ ITERATIONS = 10
 # Standard deviations and compatibilities of the published post-processing: position (pixels), colour (levels).
 GAUSSIAN = {"sxy": 3, "compat": 3}
 BILATERAL = {"sxy": 80, "srgb": 13, "compat": 10}
+
+
+def require() -> None:
+    """Raises UserError unless pydensecrf is installed."""
+    if importlib.util.find_spec("pydensecrf") is None:
+        raise UserError("keys inference.crf, pseudo.crf: need the package pydensecrf (pip install pydensecrf2)")
 
 
 def dense_crf(probability: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -25,11 +33,10 @@ def dense_crf(probability: np.ndarray, image: np.ndarray) -> np.ndarray:
     Raises:
         UserError: pydensecrf is not installed.
     """
-    try:
-        from pydensecrf import densecrf
-        from pydensecrf.utils import unary_from_softmax
-    except ImportError as error:
-        raise UserError("crf: needs the package pydensecrf (pip install pydensecrf2)") from error
+    require()
+    from pydensecrf import densecrf
+    from pydensecrf.utils import unary_from_softmax
+
     classes, height, width = probability.shape
     field = densecrf.DenseCRF2D(width, height, classes)
     field.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(probability)))

@@ -48,8 +48,8 @@ def run_ladder(
     for rung in chosen:
         if rung not in RUNGS:
             raise UserError(f"--rungs: got {rung!r}, expected names of {', '.join(RUNGS)}")
-    if not seeds:
-        raise UserError("--seeds: got none, expected at least one")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds: got {list(seeds)}, expected different numbers, at least one")
     for word in overrides:
         if word.split("=")[0] in ("method", "preset", "seed", "model.head"):
             raise UserError(f"command line: key {word.split('=')[0]} is set by the ladder itself")

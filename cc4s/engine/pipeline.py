@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import cc4s_kernels as ck
 from cc4s.config import Config, StageConfig, to_dict
 from cc4s.data import Dataset, Entry, check_dataset, normalize, open_dataset, read_index_png, read_scribble
 from cc4s.data.dataset import take_evenly
-from cc4s.engine import checkpoint, evaluation
+from cc4s.engine import checkpoint, crf, evaluation, trackers
 from cc4s.engine.inference import Predictor
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, kernels
-from cc4s.engine.trackers import open_trackers
 from cc4s.engine.training import StageTraining
 from cc4s.errors import UserError
 from cc4s.files import atomic_write_json
@@ -50,8 +49,7 @@ class Run:
         self.dataset: Dataset | None = None
         self.runtime = runtime or Runtime(config)
         # The main process alone looks: another one might see what it is just creating.
-        if self.runtime.is_main:
-            self.folder.check(config)
+        self.runtime.on_main(lambda: self.folder.check(config))
 
     def execute(self, *, until: str | None = None, report: bool = True) -> dict[str, Any]:
         """Runs what is not done yet.
@@ -68,13 +66,13 @@ class Run:
         """
         stages = self._stages(until)
         # One process owns the folder; the others only read it.
-        with kernels(self.config.kernels), self.folder.lock() if self.runtime.is_main else nullcontext():
+        with ExitStack() as stack:
+            stack.enter_context(kernels(self.config.kernels))
+            self.runtime.on_main(lambda: stack.enter_context(self.folder.lock()))
             self.dataset = dataset = self._open_data(report)
             if self.runtime.is_main:
                 self.folder.mend_log()
-                self.folder.trackers = open_trackers(self.config, self.folder.path)
-                if not self.config.model.backbone_weights:
-                    logger.info("the backbone starts from random weights: model.backbone_weights is empty")
+                self._announce()
             began = time.perf_counter()
             for index, stage in enumerate(stages):
                 if stage.labels == "pseudo":
@@ -92,6 +90,13 @@ class Run:
             self.runtime.barrier()
             return metrics
 
+    def _announce(self) -> None:
+        """What a reader of the numbers should know."""
+        if not self.config.model.backbone_weights:
+            logger.info("the backbone starts from random weights: model.backbone_weights is empty")
+        if self.config.budget == "smoke":
+            logger.info("budget=smoke shows that everything runs; its numbers mean nothing")
+
     def _stages(self, until: str | None) -> list[StageConfig]:
         names = [stage.name for stage in self.config.stages]
         if until is None:
@@ -102,7 +107,7 @@ class Run:
 
     def _open_data(self, need_eval: bool) -> Dataset:
         """Opens the data; the main process first checks every file of it, before the run writes anything."""
-        config, kinds = self.config, {stage.labels for stage in self.config.stages}
+        config = self.config
         splits = ("train", "eval") if need_eval else ("train",)
 
         def opened() -> Dataset:
@@ -110,15 +115,21 @@ class Run:
                 config.data, seed=config.seed, work=self.folder.data, splits=splits, progress=self.runtime.is_main
             )
 
-        if not self.runtime.is_main:
-            self.runtime.barrier()
-            return opened()
-        dataset = opened()
+        dataset = self.runtime.on_main(lambda: self._checked(opened()))
+        return opened() if dataset is None else dataset
+
+    def _checked(self, dataset: Dataset) -> Dataset:
+        """Creates the run's folder once everything the run will need is known to be there."""
+        config, kinds = self.config, {stage.labels for stage in self.config.stages}
         check_dataset(dataset, config.data, labels="masks" in kinds, scribbles="scribbles" in kinds, progress=True)
         for stage in config.stages:
             StageTraining(config, stage, dataset, self.folder, self.runtime).check()
+        evaluation.new_metrics(dataset, config)
+        if config.inference.crf or config.pseudo.crf:
+            crf.require()
+        trackers.require(config)
         self.folder.create(config)
-        self.runtime.barrier()
+        self.folder.trackers = trackers.open_trackers(config, self.folder.path)
         return dataset
 
     def _train(self, stage: StageConfig, dataset: Dataset) -> nn.Module | None:
@@ -151,7 +162,7 @@ class Run:
         result["seconds"] = round(time.perf_counter() - began, 3)
         if self.runtime.is_main:
             self.folder.log(event="evaluate", stage=stage, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
-            logger.info("stage %s: mIoU %.4f", stage, result["miou"] or 0.0)
+            logger.info("stage %s: mIoU %.1f", stage, 100 * (result["miou"] or 0.0))
         self._record(stage, result)
 
     def _pseudo_labels(self, source: str, dataset: Dataset) -> None:

@@ -74,8 +74,12 @@ class RunFolder:
         """Looks whether the run may go on here; changes nothing.
 
         Raises:
-            UserError: the path is a file, or holds something else than this run.
+            UserError: the path is a file, lies in the data folder, or holds something else than this run.
         """
+        if config.data.root and config.data.format != "synthetic":
+            root = Path(config.data.root).resolve()
+            if root == self.path.resolve() or root in self.path.resolve().parents:
+                raise UserError(f"--out {self.path}: lies in the data folder {config.data.root}, which is only read")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: is a file, expected a folder")
         stored = self.path / "config.yaml"
@@ -88,6 +92,8 @@ class RunFolder:
         new = _flatten(configuration.to_dict(config))
         for key in sorted(old.keys() | new.keys()):
             if key in _FREE_KEYS or key.startswith("report."):
+                continue
+            if key == "data.root" and Path(old[key]).resolve() == Path(new[key]).resolve():
                 continue
             if old.get(key) != new.get(key):
                 raise UserError(
@@ -135,7 +141,10 @@ class RunFolder:
     def read_record(self, stage: str) -> dict[str, Any] | None:
         """The finished record of a stage, or None."""
         path = self.record(stage)
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged; delete it to have it made again") from error
 
     def log(self, **entry: Any) -> None:
         """Appends one line to log.jsonl, and the numbers of a step to the trackers."""
@@ -163,7 +172,11 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         if not self.log_file.is_file():
             return []
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines() if line]
+        lines = self.log_file.read_text(encoding="utf-8").splitlines()
+        try:
+            return [json.loads(line) for line in lines if line]
+        except ValueError as error:
+            raise UserError(f"{self.log_file}: damaged; delete it to go on without the curves so far") from error
 
 
 def _finite(value: Any) -> Any:
@@ -174,7 +187,13 @@ def _finite(value: Any) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # PyYAML's and OmegaConf's errors share no base class
+        raise UserError(f"{path}: damaged; choose another --out") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: damaged; choose another --out")
+    return values  # type: ignore[return-value]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

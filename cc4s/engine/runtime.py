@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, distributed
 import cc4s_kernels as ck
 from cc4s.config import Config
 from cc4s.errors import UserError
+
+T = TypeVar("T")
 
 logger = logging.getLogger("cc4s")
 
@@ -28,6 +31,9 @@ class Runtime:
     """
 
     def __init__(self, config: Config) -> None:
+        # Lightning announces devices and processes at the level of information.
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         accelerator = config.device
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +68,23 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Runs `work` on the main process while the others wait; returns its result there, None elsewhere.
+
+        Raises:
+            UserError: on every process, where `work` raises one on the main process.
+        """
+        result, refusal = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                refusal = str(error)
+        refusal = self.gather(refusal)[0]
+        if refusal is not None:
+            raise UserError(refusal)
+        return result
 
     def barrier(self) -> None:
         self.fabric.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,23 @@ from cc4s.errors import UserError
 Tracker = Callable[[str, float, int], None]
 
 
-def open_trackers(config: Config, folder: Path) -> list[Tracker]:
-    """The trackers that `report.tensorboard` and `report.wandb` ask for.
+def require(config: Config) -> None:
+    """Raises UserError where `report.tensorboard` or `report.wandb` asks for a package that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.report, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"key report.{name}: needs the package {name} (pip install {name})")
 
-    Raises:
-        UserError: the package is not installed.
-    """
-    trackers: list[Tracker] = []
+
+def open_trackers(config: Config, folder: Path) -> list[Tracker]:
+    """The trackers that `report.tensorboard` and `report.wandb` ask for; `require` has seen that they are there."""
+    opened: list[Tracker] = []
     if config.report.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "key report.tensorboard: needs the package tensorboard (pip install tensorboard)"
-            ) from error
-        trackers.append(SummaryWriter(str(folder / "tensorboard")).add_scalar)
+        from torch.utils.tensorboard import SummaryWriter
+
+        opened.append(SummaryWriter(str(folder / "tensorboard")).add_scalar)
     if config.report.wandb:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("key report.wandb: needs the package wandb (pip install wandb)") from error
+        import wandb
+
         run: Any = wandb.init(project="cc4s", name=folder.name, dir=str(folder), config=to_dict(config))
-        trackers.append(lambda name, value, step: run.log({name: value, "step": step}))
-    return trackers
+        opened.append(lambda name, value, step: run.log({name: value, "step": step}))
+    return opened

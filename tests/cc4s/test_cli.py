@@ -316,3 +316,43 @@ def test_ladder_writes_tables(data: Path, tmp_path: Path) -> None:
     ]
     assert all(0 <= run["miou"] <= 1 for run in ladder["runs"])
     assert "released" in (out / "ladder.md").read_text()
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", *run_words(data, out)[1:], "--stage", "ur"]) == 0
+    evaluate = ["evaluate", "--checkpoint", str(out / "checkpoints" / "ur.pt"), "--data", str(data), "--out"]
+    check_refused([*evaluate, str(tmp_path)], capsys, str(tmp_path), "regular file")
+    check_refused([*evaluate, "/dev/null"], capsys, "/dev/null", "regular file")
+    assert Path("/dev/null").is_char_device()
+    predict = ["predict", "--checkpoint", str(out / "checkpoints" / "ur.pt"), str(data / "images"), "--out", str(out)]
+    check_refused(predict, capsys, str(out), "folder of a run")
+    check_refused(run_words(data, data / "run"), capsys, "data folder")
+    assert not (data / "run").exists()
+    file = tmp_path / "file"
+    file.write_text("mine")
+    check_refused(run_words(data, file), capsys, str(file))
+    assert file.read_text() == "mine"
+
+
+def test_damaged_run_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ["train", *run_words(data, out)[1:], "--stage", "ur"]
+    assert main(words) == 0
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(config[:200] + "\n  [")
+    check_refused(words, capsys, "config.yaml", "damaged")
+    (out / "config.yaml").write_text(config)
+    (out / "stages" / "ur.json").write_text("{")
+    check_refused([*run_words(data, out)], capsys, "ur.json", "damaged")
+
+
+@pytest.mark.parametrize("word", ["inference.crf=true", "data.volume_pattern=(", "report.wandb=true"])
+def test_what_only_later_stages_need_is_checked_first(
+    word: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    check_refused([*run_words(data, out), word], capsys, word.split("=")[0])
+    assert not (out / "log.jsonl").exists()
