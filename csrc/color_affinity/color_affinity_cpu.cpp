@@ -5,10 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -20,7 +21,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kColorBins = 25, kTextureBins = 10;
-constexpr int kColors = 3 * kColorBins, kTextures = 2 * kTextureBins, kBins = kColors + kTextures;
+constexpr int kColors = 3 * kColorBins, kTextures = 2 * kTextureBins;
+// A node's counters: 75 colours, 20 textures, pixels.
+constexpr int kPixels = kColors + kTextures, kCounters = kPixels + 1;
 
 struct Strides {
   int64_t batch, channel, row, column;
@@ -33,7 +36,6 @@ struct Problem {
   const void* superpixels;  // [B, H, W] int32 or int64, any strides
   bool wide_ids;
   Strides ids_at;
-  int64_t padded_width() const { return width + 2; }
 };
 
 struct Run {
@@ -42,9 +44,11 @@ struct Run {
 
 // What a strip of rows of one image adds; all integers, so that no cut and no order shows in the sums.
 struct Part {
-  std::vector<int32_t> bins;    // [K, 75 colours and 20 textures]
-  std::vector<int32_t> counts;  // [K]
-  std::vector<uint64_t> edges;  // (i << 32) + j with i < j; may repeat
+  std::vector<int32_t> counters;  // [K, 2, 96]: even and odd pixels, so that equal neighbours do not wait for
+                                  // each other; added up into the first half at the end
+  std::vector<uint64_t> edges;    // (i << 32) + j with i < j; may repeat
+  std::vector<Run> runs;          // of all rows of the strip
+  std::vector<size_t> row_ends;   // in runs
   int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
 };
 
@@ -69,7 +73,7 @@ class PairFilter {
 // One row with a margin of one pixel on both sides; `valid` is -1 or 0.
 struct Row {
   std::vector<int32_t> luma, valid, ids;
-  std::vector<Run> runs;
+  std::vector<Run> runs;  // without those of pixels without an id
 
   explicit Row(int64_t width) : luma(width + 2, 0), valid(width + 2, 0), ids(width + 2, -1) {}
 };
@@ -99,6 +103,13 @@ void ids_of_long(const int64_t* from, int64_t width, int64_t nodes, int32_t* ids
   ids_of(from, width, nodes, ids, valid);
 }
 
+// changes[x] = whether a run ends after x.
+CC4S_TARGET_CLONES
+void changes_of(const int32_t* __restrict ids, int64_t width, uint8_t* __restrict changes) {
+  for (int64_t x = 0; x + 1 < width; ++x) changes[x] = ids[x] != ids[x + 1];
+  changes[width - 1] = 1;
+}
+
 // after - before, twice the one-sided difference where one of the two is not valid. Grows [low, high] by the values
 // of valid pixels.
 CC4S_TARGET_CLONES
@@ -108,36 +119,61 @@ void differences(const int32_t* __restrict luma, const int32_t* __restrict valid
                  int32_t* __restrict range) {
   int32_t low = range[0], high = range[1];
   for (int64_t x = 0; x < width; ++x) {
-    const int32_t from = before_valid[x] ? before[x] : luma[x];
-    const int32_t to = after_valid[x] ? after[x] : luma[x];
-    const int32_t g = (before_valid[x] & after_valid[x]) ? to - from : 2 * (to - from);
+    // Masks of 0 and -1 instead of conditions, which would keep this from vector code.
+    const int32_t here = luma[x];
+    const int32_t step = ((here - before[x]) & before_valid[x]) + ((after[x] - here) & after_valid[x]);
+    const int32_t g = step + (step & ~(before_valid[x] & after_valid[x]));
     out[x] = g;
-    low = std::min(low, valid[x] ? g : low);
-    high = std::max(high, valid[x] ? g : high);
+    low = std::min(low, (g & valid[x]) | (std::numeric_limits<int32_t>::max() & ~valid[x]));
+    high = std::max(high, (g & valid[x]) | (std::numeric_limits<int32_t>::min() & ~valid[x]));
   }
   range[0] = low;
   range[1] = high;
 }
 
-// (g - low) * 10 // span. Numerator and span are below 2^24, and a quotient below k <= 10 is further from k than
-// float32 rounds: the division is exact after truncation.
+// The places in a node's counters of both gradients of a pixel, 75 + bin and 85 + bin, in two bytes.
+// bin = (g - low) * 10 // span: numerator and span are below 2^24, and a quotient below k <= 10 is further from k
+// than float32 rounds, so that truncation is exact.
 CC4S_TARGET_CLONES
-void texture_bins(const int32_t* __restrict g, int64_t width, int32_t low, int32_t span, uint8_t* __restrict bins) {
+void texture_places(const int32_t* __restrict across, const int32_t* __restrict down, int64_t width, int32_t low,
+                    int32_t span, int32_t* __restrict places) {
   const float divisor = static_cast<float>(std::max(span, 1));
   const int32_t factor = span > 0 ? kTextureBins : 0;
   for (int64_t x = 0; x < width; ++x) {
-    const int32_t bin = static_cast<int32_t>(static_cast<float>((g[x] - low) * factor) / divisor);
-    bins[x] = static_cast<uint8_t>(std::clamp(bin, 0, kTextureBins - 1));
+    // Gradients of pixels without an id are outside the range; nobody reads their places.
+    const int32_t a = static_cast<int32_t>(static_cast<float>((across[x] - low) * factor) / divisor);
+    const int32_t d = static_cast<int32_t>(static_cast<float>((down[x] - low) * factor) / divisor);
+    places[x] = (kColors + std::min(a, kTextureBins - 1)) |
+                (kColors + kTextureBins + std::min(d, kTextureBins - 1)) << 8;
   }
 }
 
-const std::array<uint8_t, 256>& color_bins() {
-  static const std::array<uint8_t, 256> table = [] {
-    std::array<uint8_t, 256> bins;
-    for (int v = 0; v < 256; ++v) bins[v] = static_cast<uint8_t>(std::min(kColorBins - 1, v * kColorBins / 255));
-    return bins;
-  }();
-  return table;
+// The places of the three colours of a pixel, in three bytes: 25 c + min(24, v * 25 // 255).
+CC4S_TARGET_CLONES
+void color_places(const uint8_t* __restrict red, const uint8_t* __restrict green, const uint8_t* __restrict blue,
+                  int64_t width, int32_t* __restrict places) {
+  // n * 32897 >> 23 is n // 255 for n below 2^16.
+  const auto bin = [](int32_t v) { return std::min(v * kColorBins * 32897 >> 23, kColorBins - 1); };
+  for (int64_t x = 0; x < width; ++x) {
+    places[x] = bin(red[x]) | (kColorBins + bin(green[x])) << 8 | (2 * kColorBins + bin(blue[x])) << 16;
+  }
+}
+
+// Counts the `bytes` places of each pixel of a run.
+template <int bytes>
+inline void count_places(const int32_t* places, const Run& run, int32_t* counters) {
+  int32_t* const odd = counters + kCounters;
+  int32_t x = run.begin;
+  for (; x + 2 <= run.end; x += 2) {
+    const int32_t a = places[x], b = places[x + 1];
+    for (int byte = 0; byte < bytes; ++byte) {
+      ++counters[(a >> 8 * byte) & 0xff];
+      ++odd[(b >> 8 * byte) & 0xff];
+    }
+  }
+  if (x < run.end) {
+    for (int byte = 0; byte < bytes; ++byte) ++counters[(places[x] >> 8 * byte) & 0xff];
+  }
 }
 
 // The rows of one strip: first everything but the textures, which wait for the range of the whole image.
@@ -148,12 +184,12 @@ class StripPass {
         rows_{Row(problem.width), Row(problem.width), Row(problem.width)},
         channels_(3 * problem.width),
         wide_ids_(problem.width),
-        bins_(2 * problem.width) {}
+        changes_(problem.width + 8, 0),
+        places_(problem.width) {}
 
   // gradients: [2, H, W] of the image, the rows from `begin` to `end` are written.
   void colors_and_edges(int64_t b, int64_t begin, int64_t end, Part& part, int32_t* gradients) {
-    part.bins.assign(static_cast<size_t>(p_.nodes * kBins), 0);
-    part.counts.assign(static_cast<size_t>(p_.nodes), 0);
+    part.counters.assign(static_cast<size_t>(p_.nodes * 2 * kCounters), 0);
     int32_t range[2] = {part.low, part.high};
     PairFilter filter;
     Row *above = &rows_[0], *row = &rows_[1], *below = &rows_[2];
@@ -169,6 +205,8 @@ class StripPass {
       // With strides, the channels of a row are in a buffer that the next row overwrites: first the colours.
       std::copy(next_channels, next_channels + 3, channels);
       count_colors(*row, channels, part);
+      part.runs.insert(part.runs.end(), row->runs.begin(), row->runs.end());
+      part.row_ends.push_back(part.runs.size());
       if (y + 1 < p_.height) {
         read(b, y + 1, *below, next_channels);
       } else {
@@ -189,22 +227,14 @@ class StripPass {
     part.high = range[1];
   }
 
-  void textures(int64_t b, int64_t begin, int64_t end, int32_t low, int32_t span, Part& part,
-                const int32_t* gradients) {
-    Row& row = rows_[0];
-    const int64_t width = p_.width;
+  void textures(int64_t begin, int64_t end, int32_t low, int32_t span, Part& part, const int32_t* gradients) {
+    size_t i = 0;
     for (int64_t y = begin; y < end; ++y) {
-      read_ids(b, y, row);
-      uint8_t *across = bins_.data(), *down = across + width;
-      texture_bins(gradients + y * width, width, low, span, across);
-      texture_bins(gradients + (p_.height + y) * width, width, low, span, down);
-      for (const Run& run : row.runs) {
-        if (run.id < 0) continue;
-        int32_t* bins = part.bins.data() + int64_t{run.id} * kBins + kColors;
-        for (int32_t x = run.begin; x < run.end; ++x) {
-          ++bins[across[x]];
-          ++bins[kTextureBins + down[x]];
-        }
+      texture_places(gradients + y * p_.width, gradients + (p_.height + y) * p_.width, p_.width, low, span,
+                     places_.data());
+      for (; i < part.row_ends[y - begin]; ++i) {
+        const Run& run = part.runs[i];
+        count_places<2>(places_.data(), run, part.counters.data() + int64_t{run.id} * 2 * kCounters);
       }
     }
   }
@@ -243,40 +273,45 @@ class StripPass {
       ids_of_int(static_cast<const int32_t*>(p_.superpixels) + at, p_.width, p_.nodes, ids, valid);
     }
     row.runs.clear();
+    changes_of(ids, p_.width, changes_.data());
     const int32_t width = static_cast<int32_t>(p_.width);
-    for (int32_t x = 0; x < width;) {
-      const int32_t begin = x, id = ids[x];
-      while (x < width && ids[x] == id) ++x;
-      row.runs.push_back({begin, x, id});
+    for (int32_t begin = 0, x = 0; x < width;) {
+      // Eight pixels at once; the margin behind the row is 0.
+      uint64_t eight;
+      std::memcpy(&eight, changes_.data() + x, sizeof(eight));
+      if (eight == 0) {
+        x += 8;
+        continue;
+      }
+      while (changes_[x] == 0) ++x;
+      ++x;
+      if (ids[begin] >= 0) row.runs.push_back({begin, x, ids[begin]});
+      begin = x;
     }
   }
 
   void count_colors(const Row& row, const uint8_t* const* channels, Part& part) {
-    const uint8_t* table = color_bins().data();
-    const uint8_t *red = channels[0], *green = channels[1], *blue = channels[2];
+    color_places(channels[0], channels[1], channels[2], p_.width, places_.data());
     for (const Run& run : row.runs) {
-      if (run.id < 0) continue;
-      part.counts[run.id] += run.end - run.begin;
-      int32_t* bins = part.bins.data() + int64_t{run.id} * kBins;
-      for (int32_t x = run.begin; x < run.end; ++x) {
-        ++bins[table[red[x]]];
-        ++bins[kColorBins + table[green[x]]];
-        ++bins[2 * kColorBins + table[blue[x]]];
-      }
+      int32_t* counters = part.counters.data() + int64_t{run.id} * 2 * kCounters;
+      counters[kPixels] += run.end - run.begin;
+      count_places<3>(places_.data(), run, counters);
     }
   }
 
   static void add_edges(const Row& row, const Row& below, PairFilter& filter, std::vector<uint64_t>& edges) {
     for (size_t i = 1; i < row.runs.size(); ++i) {
-      const int32_t left = row.runs[i - 1].id, right = row.runs[i].id;
-      if (left >= 0 && right >= 0) filter.add(left, right, edges);
+      if (row.runs[i - 1].end == row.runs[i].begin) filter.add(row.runs[i - 1].id, row.runs[i].id, edges);
     }
     for (size_t i = 0, j = 0; i < row.runs.size() && j < below.runs.size();) {
       const Run &up = row.runs[i], &down = below.runs[j];
-      if (up.id >= 0 && down.id >= 0 && up.id != down.id) filter.add(up.id, down.id, edges);
+      const bool touch = std::max(up.begin, down.begin) < std::min(up.end, down.end);
+      if (touch && up.id != down.id) filter.add(up.id, down.id, edges);
+      // Both indices move from the ends as they were.
       const int32_t end = std::min(up.end, down.end);
-      i += up.end == end;
-      j += down.end == end;
+      const bool step_up = up.end == end, step_down = down.end == end;
+      i += step_up;
+      j += step_down;
     }
   }
 
@@ -284,7 +319,8 @@ class StripPass {
   Row rows_[3];
   std::vector<uint8_t> channels_;
   std::vector<int64_t> wide_ids_;
-  std::vector<uint8_t> bins_;
+  std::vector<uint8_t> changes_;
+  std::vector<int32_t> places_;
 };
 
 // Sum of squared differences of two histograms over their pixel counts.
@@ -306,12 +342,11 @@ __attribute__((always_inline)) inline double squared_distance(const int32_t* __r
 }
 
 CC4S_TARGET_CLONES
-void likeness(const uint64_t* edges, int64_t begin, int64_t end, const int32_t* bins, const int32_t* counts,
-              double* out) {
-  for (int64_t e = begin; e < end; ++e) {
+void log_likeness(const uint64_t* edges, int64_t count, const int32_t* counters, double* out) {
+  for (int64_t e = 0; e < count; ++e) {
     const int64_t i = static_cast<int64_t>(edges[e] >> 32), j = static_cast<int64_t>(edges[e] & 0xffffffffu);
-    const double a_scale = 1.0 / counts[i], b_scale = 1.0 / counts[j];
-    const int32_t *a = bins + i * kBins, *b = bins + j * kBins;
+    const int32_t *a = counters + i * 2 * kCounters, *b = counters + j * 2 * kCounters;
+    const double a_scale = 1.0 / a[kPixels], b_scale = 1.0 / b[kPixels];
     const double color = squared_distance(a, a_scale, b, b_scale, kColors);
     const double texture = squared_distance(a + kColors, a_scale, b + kColors, b_scale, kTextures);
     out[e] = -5.0 * (std::sqrt(color) / 25.0 + std::sqrt(texture) / 100.0);
@@ -344,18 +379,19 @@ std::vector<Part> parts_of(const Problem& problem) {
   const int64_t height = problem.height, pixels = height * problem.width;
   // Strips only where there are fewer images than threads, and where their histograms are small.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  const bool small = problem.nodes * kBins <= 4 * pixels;
+  const bool small = problem.nodes * kCounters <= 4 * pixels;
   const int64_t strips = small ? std::clamp<int64_t>((threads + problem.batch - 1) / problem.batch, 1,
                                                      std::clamp<int64_t>(height / 16, 1, 16))
                                : 1;
   std::vector<Part> parts(static_cast<size_t>(problem.batch * strips));
-  std::vector<int32_t> gradients(static_cast<size_t>(problem.batch * 2 * pixels));
+  // Not cleared: all that is read is written before.
+  const std::unique_ptr<int32_t[]> gradients(new int32_t[static_cast<size_t>(problem.batch * 2 * pixels)]);
   const auto for_each_strip = [&](const auto& body) {
     torch::stable::parallel_for(0, problem.batch * strips, 1, [&](int64_t begin, int64_t end) {
       StripPass pass(problem);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / strips, s = i % strips;
-        body(pass, b, s * height / strips, (s + 1) * height / strips, parts[i], gradients.data() + b * 2 * pixels);
+        body(pass, b, s * height / strips, (s + 1) * height / strips, parts[i], gradients.get() + b * 2 * pixels);
       }
     });
   };
@@ -369,7 +405,7 @@ std::vector<Part> parts_of(const Problem& problem) {
       high = std::max(high, parts[b * strips + s].high);
     }
     // Without a valid pixel nothing is counted.
-    if (low <= high) pass.textures(b, begin, end, low, high - low, part, g);
+    if (low <= high) pass.textures(begin, end, low, high - low, part, g);
   });
   std::vector<Part> images(static_cast<size_t>(problem.batch));
   torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
@@ -378,9 +414,12 @@ std::vector<Part> parts_of(const Problem& problem) {
       all = std::move(parts[b * strips]);
       for (int64_t s = 1; s < strips; ++s) {
         const Part& part = parts[b * strips + s];
-        for (size_t i = 0; i < all.bins.size(); ++i) all.bins[i] += part.bins[i];
-        for (size_t i = 0; i < all.counts.size(); ++i) all.counts[i] += part.counts[i];
+        for (size_t i = 0; i < all.counters.size(); ++i) all.counters[i] += part.counters[i];
         all.edges.insert(all.edges.end(), part.edges.begin(), part.edges.end());
+      }
+      for (int64_t k = 0; k < problem.nodes; ++k) {
+        int32_t* even = all.counters.data() + k * 2 * kCounters;
+        for (int i = 0; i < kCounters; ++i) even[i] += even[kCounters + i];
       }
       std::sort(all.edges.begin(), all.edges.end());
       all.edges.erase(std::unique(all.edges.begin(), all.edges.end()), all.edges.end());
@@ -410,7 +449,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
       const Part& part = images[b];
       const int64_t found = static_cast<int64_t>(part.edges.size()), stored = std::min(found, max_edges);
       to_number[b] = found;
-      std::copy(part.counts.begin(), part.counts.end(), to_counts + b * num_superpixels);
+      for (int64_t k = 0; k < num_superpixels; ++k) {
+        to_counts[b * num_superpixels + k] = part.counters[k * 2 * kCounters + kPixels];
+      }
       int64_t *first = to_index + b * 2 * max_edges, *second = first + max_edges;
       float* weights = to_weight + b * max_edges;
       std::fill(first, second + max_edges, int64_t{0});
@@ -423,7 +464,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
       std::fill(weights, weights + max_edges, poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
       if (poisoned || found == 0) continue;
       std::vector<double> w(static_cast<size_t>(found));
-      likeness(part.edges.data(), 0, found, part.bins.data(), part.counts.data(), w.data());
+      log_likeness(part.edges.data(), found, part.counters.data(), w.data());
       for (double& value : w) value = std::exp(value);
       const double lowest = *std::min_element(w.begin(), w.end());
       for (double& value : w) value = std::max(value - 0.8 * lowest, 0.0);
@@ -448,10 +489,10 @@ std::tuple<Tensor, Tensor, Tensor> color_histograms(const Tensor& image, const T
   int64_t* to_counts = counts.mutable_data_ptr<int64_t>();
   for (const Part& part : images) {
     for (int64_t k = 0; k < num_superpixels; ++k) {
-      const int32_t* bins = part.bins.data() + k * kBins;
-      to_color = std::copy(bins, bins + kColors, to_color);
-      to_texture = std::copy(bins + kColors, bins + kBins, to_texture);
-      *to_counts++ = part.counts[k];
+      const int32_t* counters = part.counters.data() + k * 2 * kCounters;
+      to_color = std::copy(counters, counters + kColors, to_color);
+      to_texture = std::copy(counters + kColors, counters + kPixels, to_texture);
+      *to_counts++ = counters[kPixels];
     }
   }
   return {color, texture, counts};
