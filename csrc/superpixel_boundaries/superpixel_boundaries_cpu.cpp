@@ -44,25 +44,32 @@ void mark(const int64_t* row, const int64_t* above, const int64_t* below, int64_
 }
 
 template <typename Id>
-void boundaries(const Tensor& ids, bool* out) {
-  const int64_t height = ids.size(1), width = ids.size(2);
+void boundaries(const Tensor& ids, uint8_t* out) {
+  const int64_t height = ids.size(1), width = ids.size(2), step = ids.stride(2);
   const Id* data = static_cast<const Id*>(ids.const_data_ptr());
   torch::stable::parallel_for(0, ids.size(0) * height, 64, [&](int64_t begin, int64_t end) {
+    std::vector<Id> copies[3];
+    const auto row_of = [&](int64_t b, int64_t y) {
+      const Id* row = data + b * ids.stride(0) + y * ids.stride(1);
+      if (step == 1) return row;
+      std::vector<Id>& copy = copies[y % 3];
+      copy.resize(static_cast<size_t>(width));
+      for (int64_t x = 0; x < width; ++x) copy[x] = row[x * step];
+      return static_cast<const Id*>(copy.data());
+    };
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = i % height;
-      const Id* row = data + i * width;
-      mark(row, y > 0 ? row - width : row, y + 1 < height ? row + width : row, width,
-           reinterpret_cast<uint8_t*>(out) + i * width);
+      const int64_t b = i / height, y = i % height;
+      mark(row_of(b, y), row_of(b, y > 0 ? y - 1 : y), row_of(b, y + 1 < height ? y + 1 : y), width, out + i * width);
     }
   });
 }
 
-// ids [B, H, W] int16, int32 or int64, contiguous -> bool [B, H, W].
+// ids [B, H, W] int16, int32 or int64, any strides -> bool [B, H, W].
 Tensor superpixel_boundaries(const Tensor& ids) {
-  STD_TORCH_CHECK(ids.dim() == 3 && ids.is_contiguous(), "superpixels: expected a contiguous (B, H, W)");
+  STD_TORCH_CHECK(ids.dim() == 3, "superpixels: expected (B, H, W)");
   Tensor out = torch::stable::empty({ids.size(0), ids.size(1), ids.size(2)}, ScalarType::Bool);
   if (ids.numel() == 0) return out;
-  bool* to = out.mutable_data_ptr<bool>();
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   switch (ids.scalar_type()) {
     case ScalarType::Short:
       boundaries<int16_t>(ids, to);

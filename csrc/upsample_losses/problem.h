@@ -95,16 +95,15 @@ struct Problem {
   const T* logits;             // [B, C, h, w], any strides
   int64_t logit_strides[4];
   PixelMap labels, weight, ids;
-  const T* class_weight;       // [C] or null
+  const std::vector<T>& class_weight;  // [C], or empty
   const Axis& column_axis;
   const Axis& row_axis;
   const Rows& rows;
   // Backward only.
-  const T* entropy_gradient = nullptr;        // [B]
-  const T* cross_entropy_gradient = nullptr;  // [B]
-  const T* pooled_gradient = nullptr;         // [B, K, C] or null
-
-  bool backward() const { return entropy_gradient != nullptr; }
+  bool backward = false;
+  std::vector<T> cross_entropy_gradient = {}, entropy_gradient = {};  // [B]
+  const T* pooled_gradient = nullptr;                       // [B, K, C], any strides, or null
+  int64_t pooled_strides[3] = {};
 };
 
 }  // namespace cc4s::upsample_losses

@@ -79,7 +79,7 @@ class StripPass {
     for (int64_t block = 0; block < blocks_; ++block) {
       near_[block] = high_[(block + 1) * kLanes - 1] - low_[block * kLanes] < kLanes;
     }
-    if (problem.backward()) {
+    if (problem.backward) {
       padded_classes_ = (classes_ + kLanes - 1) / kLanes * kLanes;
       for (auto& sum : full_gradient_) sum.assign(blocks_ * classes_ * kLanes, T{0});
       pixel_gradient_.assign(kLanes * padded_classes_, T{0});
@@ -95,21 +95,21 @@ class StripPass {
     out_ = &out;
     low_row_tag_[0] = low_row_tag_[1] = -1;
     gradient_tag_[0] = gradient_tag_[1] = -1;
-    if (p_.backward()) {
+    if (p_.backward) {
       out.gradient.assign((strip.row_end - strip.row_begin) * p_.low_width * padded_classes_, T{0});
     }
     for (size_t i = strip.begin; i < strip.end; ++i) {
       const Interval& interval = p_.rows.intervals[i];
       read_logits(interval);
       read_maps(interval);
-      if (p_.backward()) {
+      if (p_.backward) {
         turn_gradient_rows(interval.low, interval.high);
         for (int64_t block = 0; block < blocks_; ++block) backward_block(interval, block);
       } else {
         for (int64_t block = 0; block < blocks_; ++block) forward_block(interval, block);
       }
     }
-    if (p_.backward()) turn_gradient_rows(-1, -1);
+    if (p_.backward) turn_gradient_rows(-1, -1);
     for (const int32_t id : out.ids) place_of_id_[id] = -1;
   }
 
@@ -149,7 +149,7 @@ class StripPass {
       }
       T* weights = weights_.data() + at;
       copy_weights(p_.weight, image_, y, width, weights);
-      if (!p_.backward()) {
+      if (!p_.backward) {
         double sum = 0;
         if (p_.weight.data == nullptr) {
           sum = static_cast<double>(width);
@@ -163,7 +163,7 @@ class StripPass {
       if (p_.ids.data == nullptr) continue;
       Int* ids = ids_.data() + at;
       copy_integers(p_.ids, image_, y, width, wide);
-      if (p_.backward()) {
+      if (p_.backward) {
         for (int64_t x = 0; x < width; ++x) {
           ids[x] = wide[x] >= 0 && wide[x] < p_.num_ids ? static_cast<Int>(wide[x]) : Int{-1};
         }
@@ -246,7 +246,7 @@ class StripPass {
 
   uint32_t labelled_lanes(int64_t at) const { return ~negative_lanes(load<I>(labels_.data() + at)) & kAllLanes; }
 
-  T label_weight(Int label) const { return p_.class_weight == nullptr ? T{1} : p_.class_weight[label]; }
+  T label_weight(Int label) const { return p_.class_weight.empty() ? T{1} : p_.class_weight[label]; }
 
   void forward_block(const Interval& interval, int64_t block) {
     bool interpolated = false;
@@ -369,7 +369,7 @@ class StripPass {
   }
 
   void spread_pooled_gradient(const Int* ids) {
-    const T* all = p_.pooled_gradient + image_ * p_.num_ids * classes_;
+    const T* all = p_.pooled_gradient + image_ * p_.pooled_strides[0];
     T* to = pooled_gradient_.data();
     bool first = true;
     for (int begin = 0; begin < kLanes;) {
@@ -378,8 +378,9 @@ class StripPass {
       while (end < kLanes && ids[end] == id) ++end;
       const I lane = lane_numbers();
       const I inside = (lane >= Int(begin)) & (lane < Int(end));
+      const T* from = all + id * p_.pooled_strides[1];
       for (int64_t c = 0; c < classes_; ++c) {
-        const V value = V{} + (id < 0 ? T{0} : all[id * classes_ + c]);
+        const V value = V{} + (id < 0 ? T{0} : from[c * p_.pooled_strides[2]]);
         store(to + c * kLanes, first ? value : (inside ? value : load<V>(to + c * kLanes)));
       }
       first = false;

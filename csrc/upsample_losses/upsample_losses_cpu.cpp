@@ -119,23 +119,32 @@ struct Arguments {
     }
     if (class_weight.has_value()) {
       STD_TORCH_CHECK(class_weight->dim() == 1 && class_weight->size(0) == logits.size(1) &&
-                          class_weight->scalar_type() == dtype && class_weight->is_contiguous(),
-                      "class_weight: expected a contiguous (C,) of the dtype of logits");
+                          class_weight->scalar_type() == dtype,
+                      "class_weight: expected (C,) of the dtype of logits");
     }
   }
 };
+
+template <typename T>
+std::vector<T> copy_of(const Tensor& line) {
+  std::vector<T> copy(static_cast<size_t>(line.size(0)));
+  for (int64_t i = 0; i < line.size(0); ++i) copy[i] = line.const_data_ptr<T>()[i * line.stride(0)];
+  return copy;
+}
 
 // A problem and what it points to.
 template <typename T>
 struct Setup {
   Axis columns, lines;
   Rows rows;
+  std::vector<T> class_weight;
   Problem<T> problem;
 
   explicit Setup(const Arguments& a)
       : columns(a.logits.size(3), a.labels.size(2), a.align_corners),
         lines(a.logits.size(2), a.labels.size(1), a.align_corners),
         rows(lines),
+        class_weight(a.class_weight.has_value() ? copy_of<T>(*a.class_weight) : std::vector<T>{}),
         problem{a.logits.size(0),
                 a.logits.size(1),
                 a.logits.size(2),
@@ -149,7 +158,7 @@ struct Setup {
                 map_of(a.labels),
                 map_of(a.weight),
                 map_of(a.superpixels),
-                a.class_weight.has_value() ? a.class_weight->const_data_ptr<T>() : nullptr,
+                class_weight,
                 columns,
                 lines,
                 rows} {}
@@ -238,19 +247,20 @@ Tensor backward(const Tensor& cross_entropy_gradient, const Tensor& entropy_grad
   Problem<T>& problem = setup.problem;
   const int64_t batch = problem.batch;
   for (const Tensor* gradient : {&cross_entropy_gradient, &entropy_gradient}) {
-    STD_TORCH_CHECK(gradient->dim() == 1 && gradient->size(0) == batch &&
-                        gradient->scalar_type() == scalar_type<T>() && gradient->is_contiguous(),
-                    "gradients: expected a contiguous (B,) of the dtype of logits");
+    STD_TORCH_CHECK(gradient->dim() == 1 && gradient->size(0) == batch && gradient->scalar_type() == scalar_type<T>(),
+                    "gradients: expected (B,) of the dtype of logits");
   }
   Tensor out = torch::stable::empty({batch, problem.classes, problem.low_height, problem.low_width}, scalar_type<T>());
   if (batch == 0) return out;
-  problem.cross_entropy_gradient = cross_entropy_gradient.const_data_ptr<T>();
-  problem.entropy_gradient = entropy_gradient.const_data_ptr<T>();
+  problem.backward = true;
+  problem.cross_entropy_gradient = copy_of<T>(cross_entropy_gradient);
+  problem.entropy_gradient = copy_of<T>(entropy_gradient);
   if (pooled_gradient.has_value() && problem.num_ids > 0) {
     STD_TORCH_CHECK(pooled_gradient->dim() == 3 && pooled_gradient->size(0) == batch &&
                         pooled_gradient->size(1) == problem.num_ids && pooled_gradient->size(2) == problem.classes &&
-                        pooled_gradient->scalar_type() == scalar_type<T>() && pooled_gradient->is_contiguous(),
-                    "pooled_gradient: expected a contiguous (B, K, C) of the dtype of logits");
+                        pooled_gradient->scalar_type() == scalar_type<T>(),
+                    "pooled_gradient: expected (B, K, C) of the dtype of logits");
+    for (int i = 0; i < 3; ++i) problem.pooled_strides[i] = pooled_gradient->stride(i);
     problem.pooled_gradient = pooled_gradient->const_data_ptr<T>();
   } else {
     problem.ids = {};

@@ -43,9 +43,7 @@ for _name, _shapes in (("color_affinity", _fake), ("color_histograms", _fake_his
     torch.library.register_fake(f"{_library.NAMESPACE}::{_name}", _shapes, lib=_library.LIBRARY)
 
 
-def _cpu(
-    image: Tensor, superpixels: Tensor, num_superpixels: int, *, max_edges: int | None = None
-) -> SuperpixelGraph:
+def _cpu(image: Tensor, superpixels: Tensor, num_superpixels: int, *, max_edges: int | None = None) -> SuperpixelGraph:
     places = reference.planar_edges(num_superpixels) if max_edges is None else max_edges
     edge_index, weight, num_edges, counts = torch.ops.cc4s_kernels.color_affinity(
         reference.to_uint8(image.detach()), superpixels, num_superpixels, places

@@ -20,7 +20,7 @@ torch.library.register_fake(f"{_library.NAMESPACE}::superpixel_boundaries", _fak
 
 
 def _cpu(superpixels: Tensor) -> Tensor:
-    return torch.ops.cc4s_kernels.superpixel_boundaries(superpixels.contiguous())
+    return torch.ops.cc4s_kernels.superpixel_boundaries(superpixels)
 
 
 def _cpu_refuses(superpixels: Tensor, *args: object, **kwargs: object) -> str | None:

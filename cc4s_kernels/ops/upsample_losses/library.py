@@ -68,11 +68,8 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (len(maps) + len(ctx.options))
     if cross_entropy is None and entropy is None and pooled is None:
         return None, *nothing
-    # The gradient of a sum is expanded: not contiguous.
-    each = [logits.new_zeros(logits.shape[:1]) if g is None else g.contiguous() for g in (cross_entropy, entropy)]
-    gradient = torch.ops.cc4s_kernels.upsample_losses_backward(
-        *each, None if pooled is None else pooled.contiguous(), logits, *maps, *ctx.options
-    )
+    each = [logits.new_zeros(logits.shape[:1]) if g is None else g for g in (cross_entropy, entropy)]
+    gradient = torch.ops.cc4s_kernels.upsample_losses_backward(*each, pooled, logits, *maps, *ctx.options)
     return gradient, *nothing
 
 
@@ -107,7 +104,7 @@ def _cpu(
     if weight is not None and weight.dtype not in (torch.bool, torch.float32, torch.float64):
         weight = weight.to(dtype)
     if class_weight is not None:
-        class_weight = class_weight.to(dtype).contiguous()
+        class_weight = class_weight.to(dtype)
     with without_autocast(logits.device):
         sums = torch.ops.cc4s_kernels.upsample_losses(
             # Small: the low resolution. This cast also rounds the gradient to the dtype of the logits.
