@@ -123,7 +123,7 @@ class TestUpsampleLosses(OpTester):
         ops = torch.ops.cc4s_kernels
         return [
             (ops.upsample_losses.default, (logits.requires_grad_(), *maps, *rest), {}),
-            (ops.upsample_losses.default, (logits.double(), labels, None, None, None, 0, 255, False), {}),
+            (ops.upsample_losses.default, (logits.detach().double(), labels, None, None, None, 0, 255, False), {}),
             (ops.upsample_losses_backward.default, (*given, logits.detach(), *maps, *rest), {}),
         ]
 
