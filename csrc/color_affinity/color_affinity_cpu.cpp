@@ -283,7 +283,11 @@ class StripPass {
         x += 8;
         continue;
       }
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+      x += __builtin_ctzll(eight) / 8;
+#else
       while (changes_[x] == 0) ++x;
+#endif
       ++x;
       if (ids[begin] >= 0) row.runs.push_back({begin, x, ids[begin]});
       begin = x;
