@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # ninja and the console scripts of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp csrc/*/*.inl)
 
 .DEFAULT_GOAL := help
 .PHONY: help install build demo test lint selftest format clean

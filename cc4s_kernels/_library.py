@@ -25,4 +25,7 @@ def _load_extension() -> str | None:
     return None
 
 
+# In csrc/common/value_range_cpu.cpp: see `_validation.value_range`.
+LIBRARY.define("value_range(Tensor values, int? skip) -> Tensor")
+
 EXTENSION_ERROR: str | None = _load_extension()

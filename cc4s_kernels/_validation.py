@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cc4s_kernels import _library
+
 INTEGER_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -95,3 +97,26 @@ def may_read_values(tensor: Tensor) -> bool:
     ):
         return False
     return tensor.device.type == "cpu" or os.environ.get("CC4S_KERNELS_CHECK") == "1"
+
+
+_FAST_RANGE = (*INTEGER_DTYPES, torch.float32, torch.float64)
+
+
+def value_range(tensor: Tensor, *, skip: int | None = None) -> tuple[float, float]:
+    """Smallest and largest value of a tensor that is not empty; a NaN anywhere makes both NaN.
+
+    Values equal to `skip` are left out; where none is left, the range is (0, -1).
+    """
+    if (
+        _library.EXTENSION_ERROR is None
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _FAST_RANGE
+        and tensor.is_contiguous()
+    ):
+        low, high = torch.ops.cc4s_kernels.value_range(tensor.detach(), skip).tolist()
+        return low, high
+    kept = tensor.detach() if skip is None else tensor[tensor != skip]
+    if kept.numel() == 0:
+        return 0, -1
+    low, high = torch.aminmax(kept)
+    return low.item(), high.item()

@@ -5,12 +5,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <vector>
 
-#include "common/target_clones.h"
+#include "common/instruction_sets.h"
 #include "slic/lab_tables.h"
 
 namespace {
@@ -20,6 +21,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPositionScale = 16;
 constexpr int kWeightShift = 20;
+// Columns out of reach on both sides of the reach of a centroid: a vector of pixels less one.
+constexpr int kMargin = 15;
+constexpr uint32_t kOutOfReach = uint32_t{1} << 31;
 
 // ---- Step 1: colours
 
@@ -54,10 +58,12 @@ struct Grid {
   int rows, cols;
   int64_t weight;  // of a squared distance in 1/16 pixels, times 2^20
   std::vector<int> row_begin, col_begin;  // [rows + 1], [cols + 1]
+  std::vector<int> col_of;                // [W]
   int span;  // widest run of three columns of cells
 
   int reach_begin(int col) const { return col_begin[std::max(col - 1, 0)]; }
   int reach_end(int col) const { return col_begin[std::min(col + 2, cols)]; }
+  int64_t pitch() const { return int64_t{span} + 2 * kMargin; }
 };
 
 Grid make_grid(int64_t height, int64_t width, int64_t num_segments, int64_t compactness) {
@@ -83,6 +89,7 @@ Grid make_grid(int64_t height, int64_t width, int64_t num_segments, int64_t comp
   }
   grid.span = 0;
   for (int j = 0; j < grid.cols; ++j) {
+    grid.col_of.insert(grid.col_of.end(), grid.col_begin[j + 1] - grid.col_begin[j], j);
     grid.span = std::max(grid.span, grid.reach_end(j) - grid.reach_begin(j));
   }
   return grid;
@@ -95,21 +102,21 @@ struct Sums {
 };
 
 struct Centroid {
-  int32_t alive, l, a, b;
-  int64_t x, y;  // 1/16 pixels
+  int32_t alive, la, b;  // la: l in the lower 16 bits, a in the upper ones
+  int64_t x, y;          // 1/16 pixels
 };
 
 // One image: everything the rounds read and write.
 struct State {
-  const int16_t *l, *a, *b;  // [H, W] each
-  int32_t* labels;           // [H, W], -1 where masked
-  Sums* sums;                // [rows, 3, cols]: what the cells of one row add to the clusters around it
-  Centroid* centroids;       // [rows, cols]
-  int32_t* column_terms;     // [rows, cols, span]: weighted squared x distance
+  const int32_t *la, *b;   // [H, W] each; la as in Centroid
+  int32_t* labels;         // [H, W], -1 where masked
+  Sums* sums;              // [rows, 3, cols]: what the cells of one row add to the clusters around it
+  Centroid* centroids;     // [rows, cols]
+  uint32_t* column_terms;  // [rows, cols, margin + span + margin]: weighted squared x distance, 2^31 out of reach
 };
 
 void convert_band(const Grid& grid, int band, const uint8_t* image, const Strides& at, const bool* mask,
-                  const Strides& mask_at, int16_t* l, int16_t* a, int16_t* b, int32_t* labels) {
+                  const Strides& mask_at, int32_t* la, int32_t* b, int32_t* labels) {
   const int32_t* cube_root = cube_root_table().data();
   for (int64_t y = grid.row_begin[band]; y < grid.row_begin[band + 1]; ++y) {
     for (int col = 0; col < grid.cols; ++col) {
@@ -122,9 +129,11 @@ void convert_band(const Grid& grid, int band, const uint8_t* image, const Stride
         const int32_t fy = cube_root[(871 * red + 2929 * green + 296 * blue + (1 << 13)) >> 14];
         const int32_t fz = cube_root[(73 * red + 448 * green + 3575 * blue + (1 << 13)) >> 14];
         const int64_t i = y * grid.width + x;
-        l[i] = static_cast<int16_t>(((7424 * fy + (1 << 14)) >> 15) - 1024);
-        a[i] = static_cast<int16_t>((32000 * (fx - fy) + (1 << 28) + (1 << 14)) >> 15);
-        b[i] = static_cast<int16_t>((12800 * (fy - fz) + (1 << 28) + (1 << 14)) >> 15);
+        const int32_t l = ((7424 * fy + (1 << 14)) >> 15) - 1024;
+        const int32_t a = (32000 * (fx - fy) + (1 << 28) + (1 << 14)) >> 15;
+        // All three from 0 to 2^14.
+        la[i] = l | a << 16;
+        b[i] = (12800 * (fy - fz) + (1 << 28) + (1 << 14)) >> 15;
         const bool valid = mask == nullptr || mask[y * mask_at.row + x * mask_at.column];
         labels[i] = valid ? band * grid.cols + col : -1;
       }
@@ -142,17 +151,20 @@ void accumulate_band(const Grid& grid, const State& state, int band) {
     for (int64_t x = 0; x < grid.width;) {
       const int32_t label = state.labels[row + x];
       const int64_t begin = x;
-      int64_t l = 0, a = 0, b = 0;
-      for (; x < grid.width && state.labels[row + x] == label; ++x) {
-        l += state.l[row + x];
-        a += state.a[row + x];
+      // l in the lower half, a in the upper one: 2^18 pixels fill neither.
+      uint64_t la = 0;
+      int64_t b = 0;
+      const int64_t end = std::min(grid.width, begin + (int64_t{1} << 17));
+      for (; x < end && state.labels[row + x] == label; ++x) {
+        const uint32_t pixel = static_cast<uint32_t>(state.la[row + x]);
+        la += (pixel & 0xffff) | static_cast<uint64_t>(pixel >> 16) << 32;
         b += state.b[row + x];
       }
       if (label < 0) continue;
       Sums& sum = sums[label - base];
       sum.count += x - begin;
-      sum.l += l;
-      sum.a += a;
+      sum.l += static_cast<int64_t>(la & 0xffffffff);
+      sum.a += static_cast<int64_t>(la >> 32);
       sum.b += b;
       sum.x += (begin + x - 1) * (x - begin) / 2;
       sum.y += y * (x - begin);
@@ -179,59 +191,84 @@ void update_centroids(const Grid& grid, const State& state, int row) {
     centroid = Centroid{};
     if (total.count == 0) continue;
     centroid.alive = 1;
-    centroid.l = static_cast<int32_t>(rounded_ratio(total.l, total.count));
-    centroid.a = static_cast<int32_t>(rounded_ratio(total.a, total.count));
+    centroid.la = static_cast<int32_t>(rounded_ratio(total.l, total.count) | rounded_ratio(total.a, total.count) << 16);
     centroid.b = static_cast<int32_t>(rounded_ratio(total.b, total.count));
     centroid.x = rounded_ratio(kPositionScale * total.x, total.count);
     centroid.y = rounded_ratio(kPositionScale * total.y, total.count);
-    int32_t* terms = state.column_terms + id * grid.span;
+    uint32_t* terms = state.column_terms + id * grid.pitch() + kMargin;
     for (int64_t x = grid.reach_begin(col); x < grid.reach_end(col); ++x) {
       const int64_t d = kPositionScale * x - centroid.x;
-      *terms++ = static_cast<int32_t>((grid.weight * d * d) >> kWeightShift);
+      *terms++ = static_cast<uint32_t>((grid.weight * d * d) >> kWeightShift);
     }
   }
 }
 
-// One centroid against `count` pixels of a row. The restrict of parameters, unlike that of variables, makes the
-// loop vector code without checks for overlap; inlined, it is compiled for each instruction set.
-__attribute__((always_inline)) inline void compare(const Centroid& centroid, int32_t id, int32_t row_term, int count,
-                                                   const int16_t* __restrict l, const int16_t* __restrict a,
-                                                   const int16_t* __restrict b, const int32_t* __restrict terms,
-                                                   int32_t* __restrict low, int32_t* __restrict label) {
-  const int32_t center_l = centroid.l, center_a = centroid.a, center_b = centroid.b;
-  for (int x = 0; x < count; ++x) {
-    const int32_t dl = l[x] - center_l, da = a[x] - center_a, db = b[x] - center_b;
-    const int32_t distance = dl * dl + da * da + db * db + (terms[x] + row_term);
-    const bool closer = distance < low[x];
-    low[x] = closer ? distance : low[x];
-    label[x] = closer ? id : label[x];
-  }
-}
+#if CC4S_X86
+CC4S_PUSH_AVX512
+namespace avx512 {
+#define CC4S_VECTOR_BYTES 64
+#include "common/vectors.inl"
+#include "slic/assign.inl"
+#undef CC4S_VECTOR_BYTES
+}  // namespace avx512
+CC4S_POP
 
-CC4S_TARGET_CLONES
-void assign_band(const Grid& grid, const State& state, int band, int32_t* __restrict best) {
+CC4S_PUSH_AVX2
+namespace avx2 {
+#define CC4S_VECTOR_BYTES 32
+#include "common/vectors.inl"
+#include "slic/assign.inl"
+#undef CC4S_VECTOR_BYTES
+}  // namespace avx2
+CC4S_POP
+#endif
+
+namespace portable {
+#define CC4S_VECTOR_BYTES 16
+#include "common/vectors.inl"
+#include "slic/assign.inl"
+#undef CC4S_VECTOR_BYTES
+}  // namespace portable
+
+// Images narrower than a vector: one pixel at a time.
+void assign_narrow_band(const Grid& grid, const State& state, int band) {
   const int first = std::max(band - 1, 0), last = std::min(band + 1, grid.rows - 1);
   for (int64_t y = grid.row_begin[band]; y < grid.row_begin[band + 1]; ++y) {
-    const int64_t row = y * grid.width;
-    int32_t* __restrict nearest = state.labels + row;
-    // No distance is below that of a masked pixel, which so keeps its -1.
     for (int64_t x = 0; x < grid.width; ++x) {
-      best[x] = nearest[x] < 0 ? -1 : std::numeric_limits<int32_t>::max();
-    }
-    // Clusters in ascending order and a strict comparison: ties go to the lowest id.
-    for (int id = first * grid.cols, i = first; i <= last; ++i) {
-      for (int j = 0; j < grid.cols; ++j, ++id) {
-        const Centroid centroid = state.centroids[id];
-        if (!centroid.alive) continue;
-        const int64_t dy = kPositionScale * y - centroid.y;
-        const int32_t row_term = static_cast<int32_t>((grid.weight * dy * dy) >> kWeightShift);
-        const int begin = grid.reach_begin(j), count = grid.reach_end(j) - begin;
-        const int64_t at = row + begin;
-        compare(centroid, id, row_term, count, state.l + at, state.a + at, state.b + at,
-                state.column_terms + int64_t{id} * grid.span, best + begin, nearest + begin);
+      const int64_t at = y * grid.width + x;
+      if (state.labels[at] < 0) continue;
+      int32_t low = std::numeric_limits<int32_t>::max();
+      for (int i = first; i <= last; ++i) {
+        for (int j = std::max(grid.col_of[x] - 1, 0); j < std::min(grid.col_of[x] + 2, grid.cols); ++j) {
+          const int32_t id = i * grid.cols + j;
+          const Centroid& centroid = state.centroids[id];
+          if (!centroid.alive) continue;
+          const int32_t dl = (state.la[at] & 0xffff) - (centroid.la & 0xffff);
+          const int32_t da = (state.la[at] >> 16) - (centroid.la >> 16), db = state.b[at] - centroid.b;
+          const int64_t dy = kPositionScale * y - centroid.y;
+          const uint32_t term = state.column_terms[id * grid.pitch() + kMargin + x - grid.reach_begin(j)];
+          const int32_t distance = dl * dl + da * da + db * db + static_cast<int32_t>(term) +
+                                   static_cast<int32_t>((grid.weight * dy * dy) >> kWeightShift);
+          if (distance >= low) continue;
+          low = distance;
+          state.labels[at] = id;
+        }
       }
     }
   }
+}
+
+void assign_band(cc4s::InstructionSet set, const Grid& grid, const State& state, int band, int32_t* row_terms) {
+#if CC4S_X86
+  if (set == cc4s::InstructionSet::kAvx512 && grid.width >= 16) {
+    return avx512::assign_band(grid, state, band, row_terms);
+  }
+  if (set != cc4s::InstructionSet::kPortable && grid.width >= 8) {
+    return avx2::assign_band(grid, state, band, row_terms);
+  }
+#endif
+  if (grid.width >= 4) return portable::assign_band(grid, state, band, row_terms);
+  assign_narrow_band(grid, state, band);
 }
 
 // ---- Steps 6 to 9: connected segments
@@ -500,19 +537,18 @@ Tensor slic(const Tensor& image, const std::optional<Tensor>& mask, int64_t num_
   const Strides mask_at = mask.has_value() ? strides_of(*mask) : Strides{};
   int32_t* out = labels.mutable_data_ptr<int32_t>();
 
-  std::vector<int16_t> lab(static_cast<size_t>(batch * 3 * pixels));
+  std::vector<int32_t> lab(static_cast<size_t>(batch * 2 * pixels));
   std::vector<Sums> sums(static_cast<size_t>(batch * 3 * cells));
   std::vector<Centroid> centroids(static_cast<size_t>(batch * cells));
-  std::vector<int32_t> column_terms(static_cast<size_t>(batch * cells * grid.span));
+  std::vector<uint32_t> column_terms(static_cast<size_t>(batch * cells * grid.pitch()), kOutOfReach);
   const auto state_of = [&](int64_t b) {
-    int16_t* planes = lab.data() + b * 3 * pixels;
+    int32_t* planes = lab.data() + b * 2 * pixels;
     return State{planes,
                  planes + pixels,
-                 planes + 2 * pixels,
                  out + b * pixels,
                  sums.data() + b * 3 * cells,
                  centroids.data() + b * cells,
-                 column_terms.data() + b * cells * grid.span};
+                 column_terms.data() + b * cells * grid.pitch()};
   };
   // Work is cut into rows of cells whatever the number of threads, and integer sums do not depend on the order.
   const auto for_each_band = [&](const auto& body) {
@@ -521,18 +557,19 @@ Tensor slic(const Tensor& image, const std::optional<Tensor>& mask, int64_t num_
     });
   };
 
+  const cc4s::InstructionSet set = cc4s::instruction_set();
   cube_root_table();
   for_each_band([&](int64_t b, int band) {
-    int16_t* planes = lab.data() + b * 3 * pixels;
+    int32_t* planes = lab.data() + b * 2 * pixels;
     convert_band(grid, band, pixels_in + b * at.batch, at, mask_in ? mask_in + b * mask_at.batch : nullptr, mask_at,
-                 planes, planes + pixels, planes + 2 * pixels, out + b * pixels);
+                 planes, planes + pixels, out + b * pixels);
     accumulate_band(grid, state_of(b), band);
   });
   for (int64_t round = 0; round < iterations; ++round) {
     for_each_band([&](int64_t b, int row) { update_centroids(grid, state_of(b), row); });
     for_each_band([&](int64_t b, int band) {
-      std::vector<int32_t> best(static_cast<size_t>(width));
-      assign_band(grid, state_of(b), band, best.data());
+      std::vector<int32_t> row_terms(static_cast<size_t>(3 * grid.cols));
+      assign_band(set, grid, state_of(b), band, row_terms.data());
       accumulate_band(grid, state_of(b), band);
     });
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cc4s_kernels as ck
+from cc4s_kernels import backends
 from cc4s_kernels.ops.color_affinity.reference import histograms
 from tests.ops.tester import Inputs, OpTester, generator
+
+needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 
 
 def gradients(luma: list[list[int]], valid: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:
@@ -131,6 +134,13 @@ class TestColorAffinity(OpTester):
                 index[b, :, e], weight[b, e] = pair, w
         return tuple(torch.from_numpy(a) for a in (index, weight, number, counts))
 
+    def custom_op_calls(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        if "cpu" not in backends.available("color_affinity"):
+            return []
+        args, _ = self.make_inputs(torch.float32, "cpu", 7, 0)
+        ops = torch.ops.cc4s_kernels
+        return [(ops.color_affinity.default, (*args, 40), {}), (ops.color_histograms.default, args, {})]
+
 
 @pytest.mark.parametrize("seed", range(3))
 def test_integer_histograms(seed: int) -> None:
@@ -141,6 +151,43 @@ def test_integer_histograms(seed: int) -> None:
     expected = naive_histograms(image[0].numpy(), ids[0].numpy(), 5)
     for a, e in zip(found, expected, strict=True):
         assert torch.equal(a[0], torch.from_numpy(e))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (67, 83)])
+def test_integer_histograms_on_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Every number of threads, and strided inputs, give the integers of the definition."""
+    image = torch.randint(0, 256, (2, 3, *shape), generator=generator(1), dtype=torch.uint8)
+    image[0] = smooth_image((3, *shape), 5)
+    ids = torch.randint(-1, 7, (2, *shape), generator=generator(2)).repeat_interleave(3, 2)[:, :, : shape[1]].to(dtype)
+    expected = histograms(image, ids.long(), 7)
+    turned = image.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    turned_ids = ids.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            for a, b in ((image, ids), (turned, turned_ids)):
+                found = torch.ops.cc4s_kernels.color_histograms(a, b, 7)
+                assert all(torch.equal(x, e) for x, e in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_gradient_bin_boundary() -> None:
+    """Texture bins of extreme gradients on all backends: the quotient is exact."""
+    image = torch.randint(0, 2, (1, 3, 90, 110), generator=generator(4)).mul(255).to(torch.uint8)
+    image[:, :, :, ::2] = torch.randint(0, 256, (1, 3, 90, 55), generator=generator(5), dtype=torch.uint8)
+    ids = ck.slic(image, 30)
+    with ck.use_backend("reference"):
+        expected = ck.color_affinity(image, ids, 30)
+    for name in backends.available("color_affinity"):
+        with ck.use_backend(name):
+            found = ck.color_affinity(image, ids, 30)
+        assert torch.equal(found.edge_index, expected.edge_index)
+        assert torch.equal(found.counts, expected.counts)
+        torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-6)
 
 
 def test_gradients_at_borders_and_masks() -> None:

@@ -398,6 +398,15 @@ def test_every_number_of_threads_gives_the_same() -> None:
         assert torch.equal(result, results[0])
 
 
+@needs_extension
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("width", [3, 5, 13, 16, 61])
+def test_every_instruction_set_gives_the_same(monkeypatch: pytest.MonkeyPatch, instructions: str, width: int) -> None:
+    """Widths below, at and beside those of the vectors; instructions that the processor lacks fall back."""
+    monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
+    on_both(textured(2, 40, width, 4), 25, mask=random_mask(2, 40, width, 4, 0.1))
+
+
 def test_constant_image_gives_the_cells() -> None:
     image = torch.full((1, 3, 24, 32), 90, dtype=torch.uint8)
     ids = on_both(image, 12)[0]

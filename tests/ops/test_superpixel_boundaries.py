@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import cc4s_kernels as ck
+from cc4s_kernels import backends
 from tests.ops.tester import Inputs, OpTester, generator
 
 
@@ -36,6 +39,25 @@ class TestSuperpixelBoundaries(OpTester):
                         if inside and ids[b, y, x] >= 0 and ids[b, v, u] != ids[b, y, x]:
                             out[b, y, x] = True
         return (torch.from_numpy(out),)
+
+    def custom_op_calls(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        if "cpu" not in backends.available("superpixel_boundaries"):
+            return []
+        args, _ = self.make_inputs(torch.float32, "cpu", 7, 0)
+        return [(torch.ops.cc4s_kernels.superpixel_boundaries.default, args, {})]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (90, 1), (67, 83)])
+def test_backends_agree(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    ids = torch.randint(-1, 3, (2, *shape), generator=generator(3)).repeat_interleave(2, 2).to(dtype)
+    turned = ids.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    with ck.use_backend("reference"):
+        expected = ck.superpixel_boundaries(ids)
+    for name in backends.available("superpixel_boundaries"):
+        with ck.use_backend(name):
+            assert torch.equal(ck.superpixel_boundaries(ids), expected)
+            assert torch.equal(ck.superpixel_boundaries(turned), expected)
 
 
 def test_both_sides_and_missing_ids() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cc4s_kernels as ck
-from tests.ops.tester import Inputs, OpTester, generator, randn
+from cc4s_kernels import backends
+from tests.ops.tester import Inputs, OpTester, Result, assert_matches, generator, randn
+
+needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 
 CLASSES = 5
 SUPERPIXELS = 4
@@ -107,6 +112,20 @@ class TestUpsampleLosses(OpTester):
 
     def naive(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return loop(*args, **kwargs)
+
+    def custom_op_calls(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        if "cpu" not in backends.available("upsample_losses"):
+            return []
+        (logits, labels), options = self.make_inputs(torch.float32, "cpu", 7, 0)
+        maps = (labels, options["weight"], options["superpixels"], options["class_weight"])
+        rest = (SUPERPIXELS, 255, True)
+        given = (torch.ones(2), torch.ones(2), torch.ones(2, SUPERPIXELS, CLASSES))
+        ops = torch.ops.cc4s_kernels
+        return [
+            (ops.upsample_losses.default, (logits.requires_grad_(), *maps, *rest), {}),
+            (ops.upsample_losses.default, (logits.detach().double(), labels, None, None, None, 0, 255, False), {}),
+            (ops.upsample_losses_backward.default, (*given, logits.detach(), *maps, *rest), {}),
+        ]
 
 
 def composition(logits: Tensor, labels: Tensor, weight: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
@@ -307,3 +326,130 @@ def test_unchecked_values_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     clean_labels, clean_ids = torch.tensor([[[0, 255], [255, 255]]]), torch.tensor([[[0, -1], [-1, 1]]])
     expected = ck.upsample_losses(logits, clean_labels, superpixels=clean_ids, num_superpixels=2)
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+# ---- The C++ backend
+
+
+def large_inputs(dtype: torch.dtype = torch.float32, classes: int = 21) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Several strips of rows, blocks of pixels that nothing looks at, and a width that is no multiple of a vector."""
+    random = generator(7)
+    logits = randn(2, classes, 13, 11, dtype=dtype, device="cpu", seed=3, scale=4)
+    labels = torch.randint(0, classes, (2, 101, 87), generator=random)
+    labels = labels.where(torch.rand(labels.shape, generator=random) < 0.1, 255)
+    weight = torch.rand(labels.shape, generator=random)
+    labels[:, 40:60, :40], weight[:, 40:60, :40] = 255, 0
+    ids = (torch.arange(101)[:, None] // 10 * 9 + torch.arange(87) // 10).int().repeat(2, 1, 1)
+    ids[:, 40:60, :40] = -1
+    return logits, labels, {"weight": weight, "superpixels": ids, "num_superpixels": 99}
+
+
+def run_large(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Result:
+    leaf = logits.detach().requires_grad_()
+    out = ck.upsample_losses(leaf, labels, **options)
+    factor = torch.linspace(-1, 1, out.pooled.numel(), dtype=out.pooled.dtype).view_as(out.pooled)
+    total = (out.cross_entropy * 2 - out.entropy).sum() + (out.pooled * factor).sum()
+    return Result(tuple(t.detach() for t in out), torch.autograd.grad(total, leaf))
+
+
+def assert_like_reference(found: Result, expected: Result, bound: float) -> None:
+    for i, (a, e) in enumerate(
+        zip(found.outputs + found.gradients, expected.outputs + expected.gradients, strict=True)
+    ):
+        assert_matches(f"tensor {i}", a, e, atol=0, rtol=bound)
+
+
+@needs_extension
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_every_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, instructions: str, dtype: torch.dtype, bound: float
+) -> None:
+    """Those that the processor lacks fall back to narrower ones. The bounds: some 20 eps of sums of 1e4 terms."""
+    logits, labels, options = large_inputs(dtype)
+    with ck.use_backend("reference"):
+        expected = run_large(logits.double(), labels, options)
+    monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
+    with ck.use_backend("cpu"):
+        assert_like_reference(run_large(logits, labels, options), expected, bound)
+
+
+@needs_extension
+def test_every_number_of_threads_gives_the_same() -> None:
+    inputs = large_inputs()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            with ck.use_backend("cpu"):
+                results.append(run_large(*inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for a, b in zip(result.outputs + result.gradients, results[0].outputs + results[0].gradients, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_extension
+def test_many_classes_on_the_cpu() -> None:
+    logits, labels, options = large_inputs(classes=301)
+    labels = labels.where(labels != 255, -1)
+    with ck.use_backend("reference"):
+        expected = run_large(logits.double(), labels, {**options, "ignore_index": -1})
+    with ck.use_backend("cpu"):
+        assert_like_reference(run_large(logits, labels, {**options, "ignore_index": -1}), expected, 3e-6)
+
+
+@needs_extension
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(
+    ("low", "size"),
+    [((1, 1), (40, 70)), ((2, 1), (300, 3)), ((33, 40), (33, 40)), ((70, 90), (9, 7)), ((5, 40), (50, 41))],
+)
+def test_sizes_on_the_cpu(low: tuple[int, int], size: tuple[int, int], align_corners: bool) -> None:
+    random = generator(1)
+    logits = randn(2, 3, *low, dtype=torch.float64, device="cpu", seed=0)
+    labels = torch.randint(0, 3, (2, *size), generator=random)
+    ids = torch.randint(-1, 5, (2, *size), generator=random)
+    options = {"superpixels": ids, "num_superpixels": 5, "align_corners": align_corners, "weight": None}
+    with ck.use_backend("reference"):
+        expected = run_large(logits, labels, options)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        with ck.use_backend("cpu"):
+            assert_like_reference(run_large(logits.to(dtype), labels, options), expected, bound)
+
+
+@needs_extension
+def test_double_backward_on_the_cpu_names_the_reference() -> None:
+    logits, labels, options = large_inputs()
+    logits.requires_grad_()
+    with ck.use_backend("cpu"):
+        out = ck.upsample_losses(logits, labels, **options)
+        (gradient,) = torch.autograd.grad(out.entropy.sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivative.*use_backend\('reference'\)"):
+            gradient.square().sum().backward()
+
+
+@needs_extension
+def test_no_memory_of_the_upsampled_size() -> None:
+    """The upsampled logits of this call would be 87 MB; the process grows by less than a quarter of it."""
+    code = """
+import resource, torch, cc4s_kernels as ck
+torch.set_num_threads(2)
+def run(size, classes):
+    logits = torch.randn(1, classes, 59, 59, requires_grad=True)
+    labels = torch.zeros(1, size, size, dtype=torch.uint8)
+    ids = torch.zeros(1, size, size, dtype=torch.int32)
+    out = ck.upsample_losses(logits, labels, superpixels=ids, num_superpixels=1)
+    (out.cross_entropy.sum() + out.entropy.sum() + out.pooled.sum()).backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with ck.use_backend("cpu"):
+    run(32, 2)
+    before = peak()
+    run(465, 101)
+    print(peak() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 465 * 465 * 101 * 4 / 4, f"{grown / 2**20:.1f} MiB"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import backends
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe, may_read_values
+from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe, may_read_values, value_range
 from cc4s_kernels.ops.color_affinity import library  # noqa: F401  registers the backends
 from cc4s_kernels.ops.color_affinity.reference import SuperpixelGraph
 
@@ -78,12 +78,12 @@ def _check(image: Tensor, superpixels: Tensor, num_superpixels: int, max_edges: 
     if batch == 0:
         return
     if image.is_floating_point() and may_read_values(image):
-        low, high = (float(value) for value in torch.aminmax(image.detach()))
+        low, high = value_range(image)
         # A NaN anywhere makes the comparison false.
         if not (low >= 0 and high <= 1):
             raise ValueError(f"image: got values from {low} to {high}, expected [0, 1] (or torch.uint8)")
     if may_read_values(superpixels):
-        first, last = (int(value) for value in torch.aminmax(superpixels))
+        first, last = value_range(superpixels)
         if first < -1 or last >= num_superpixels:
             raise ValueError(
                 f"superpixels: got ids from {first} to {last}, expected -1 to {num_superpixels - 1} "

@@ -13,6 +13,7 @@ from cc4s_kernels._validation import (
     check_tensor,
     describe,
     may_read_values,
+    value_range,
 )
 from cc4s_kernels.ops.upsample_losses import library
 from cc4s_kernels.ops.upsample_losses.reference import UpsampleLosses
@@ -136,7 +137,7 @@ def _check(
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     if not may_read_values(labels) or labels.numel() == 0:
         return
-    low, high = (int(value) for value in torch.aminmax(labels))
+    low, high = value_range(labels, skip=ignore_index)
     if low >= 0 and high < classes:
         return
     # Compared with a uint8 tensor, -1 would be 255.
@@ -158,7 +159,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor that requires a gradient, expected a constant (detach it)")
     if not may_read_values(weight) or weight.numel() == 0:
         return
-    low, high = (float(value) for value in torch.aminmax(weight))
+    low, high = value_range(weight)
     # A NaN anywhere makes both NaN, and the comparison false.
     if not (low >= 0 and high < float("inf")):
         raise ValueError(f"{name}: got values from {low} to {high}, expected finite values >= 0")
@@ -167,7 +168,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
 def _check_ids(superpixels: Tensor, num_superpixels: int) -> None:
     if not may_read_values(superpixels) or superpixels.numel() == 0:
         return
-    low, high = (int(value) for value in torch.aminmax(superpixels))
+    low, high = value_range(superpixels)
     if low < -1 or high >= num_superpixels:
         raise ValueError(
             f"superpixels: got ids from {low} to {high}, expected -1 to {num_superpixels - 1} "

@@ -1,8 +1,128 @@
-"""Backends of `upsample_losses`."""
+"""Torch ops and backends of `upsample_losses`."""
 
 from __future__ import annotations
 
-from cc4s_kernels import backends
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cc4s_kernels import _library, backends
+from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels.ops.upsample_losses import reference
+from cc4s_kernels.ops.upsample_losses.reference import UpsampleLosses
+
+_ARGUMENTS = (
+    "Tensor logits, Tensor labels, Tensor? weight, Tensor? superpixels, Tensor? class_weight, "
+    "SymInt num_superpixels, int ignore_index, bool align_corners"
+)
+
+# Both have their CPU kernels in csrc/upsample_losses/upsample_losses_cpu.cpp.
+_library.LIBRARY.define(
+    f"upsample_losses({_ARGUMENTS}) -> "
+    "(Tensor cross_entropy, Tensor labelled, Tensor entropy, Tensor weight_sum, Tensor pooled, Tensor counts)"
+)
+_library.LIBRARY.define(
+    "upsample_losses_backward("
+    f"Tensor cross_entropy_gradient, Tensor entropy_gradient, Tensor? pooled_gradient, {_ARGUMENTS}) -> Tensor"
+)
+
+
+def _fake(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    superpixels: Tensor | None,
+    class_weight: Tensor | None,
+    num_superpixels: int,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, ...]:
+    batch, classes = logits.shape[:2]
+    bins = 0 if superpixels is None else num_superpixels
+    shapes = ((batch,), (batch,), (batch,), (batch,), (batch, bins, classes), (batch, bins))
+    return tuple(logits.new_empty(shape) for shape in shapes)
+
+
+def _fake_backward(
+    cross_entropy_gradient: Tensor,
+    entropy_gradient: Tensor,
+    pooled_gradient: Tensor | None,
+    logits: Tensor,
+    *args: Any,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, labelled, _, weight, _, counts = output
+    ctx.mark_non_differentiable(labelled, weight, counts)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    cross_entropy, _, entropy, _, pooled, _ = gradients
+    logits, *maps = ctx.saved_tensors
+    nothing = (None,) * (len(maps) + len(ctx.options))
+    if cross_entropy is None and entropy is None and pooled is None:
+        return None, *nothing
+    each = [logits.new_zeros(logits.shape[:1]) if g is None else g for g in (cross_entropy, entropy)]
+    gradient = torch.ops.cc4s_kernels.upsample_losses_backward(*each, pooled, logits, *maps, *ctx.options)
+    return gradient, *nothing
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
+    raise RuntimeError(
+        "upsample_losses: this backend has no second derivative; run the forward pass under use_backend('reference')"
+    )
+
+
+for _name, _shapes in (("upsample_losses", _fake), ("upsample_losses_backward", _fake_backward)):
+    torch.library.register_fake(f"{_library.NAMESPACE}::{_name}", _shapes, lib=_library.LIBRARY)
+torch.library.register_autograd(
+    f"{_library.NAMESPACE}::upsample_losses", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+)
+torch.library.register_autograd(
+    f"{_library.NAMESPACE}::upsample_losses_backward", _no_second_derivative, lib=_library.LIBRARY
+)
+
+
+def _cpu(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    superpixels: Tensor | None = None,
+    num_superpixels: int | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = True,
+    class_weight: Tensor | None = None,
+) -> UpsampleLosses:
+    dtype = accumulation_dtype(logits.dtype)
+    if weight is not None and weight.dtype not in (torch.bool, torch.float32, torch.float64):
+        weight = weight.to(dtype)
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+    with without_autocast(logits.device):
+        sums = torch.ops.cc4s_kernels.upsample_losses(
+            # Small: the low resolution. This cast also rounds the gradient to the dtype of the logits.
+            logits.to(dtype),
+            labels,
+            weight,
+            superpixels,
+            class_weight,
+            num_superpixels or 0,
+            ignore_index,
+            align_corners,
+        )
+    return UpsampleLosses(*sums)
+
+
+def _cpu_refuses(logits: Tensor, *args: object, **kwargs: object) -> str | None:
+    return None if logits.device.type == "cpu" else f"the logits are on {logits.device}"
+
 
 backends.register("upsample_losses", "reference", reference.upsample_losses)
+backends.register("upsample_losses", "cpu", _cpu, _cpu_refuses)
