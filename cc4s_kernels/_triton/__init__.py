@@ -51,3 +51,8 @@ def refuses(tensor: Tensor, name: str) -> str | None:
     if major < 8:
         return f"{name} is on a GPU of compute capability {major}.{minor}, Triton kernels need 8.0"
     return None
+
+
+def flatten_leading(x: Tensor, kept: int) -> Tensor:
+    """`x` with its leading dimensions as one (of size 1 where there is none) before the last `kept`."""
+    return x.flatten(0, -kept - 1) if x.dim() > kept else x.unsqueeze(0)

@@ -86,6 +86,30 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("float32",), 64, ANY, Config(32, 32, 64, 8, 2)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
     ),
+    # Both softmaxes of a row at once; bound by exp2. m is a multiple of n.
+    "consistency": (
+        INTERPRETER,
+        Row(HOPPER, ("half",), 64, ANY, Config(128, 64, 0, 8, 3)),
+        Row(HOPPER, ("half",), 256, ANY, Config(128, 64, 0, 8, 2)),
+        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 4, 2)),
+        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
+        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
+        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+    ),
+    "consistency_scores": (
+        INTERPRETER,
+        Row(HOPPER, ("half",), 64, ANY, Config(128, 64, 0, 8, 3)),
+        Row(HOPPER, ("half",), 128, ANY, Config(128, 64, 0, 8, 2)),
+        Row(HOPPER, ("half",), 256, ANY, Config(128, 32, 0, 8, 2)),
+        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 4, 2)),
+        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
+        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
+        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+    ),
 }
 
 

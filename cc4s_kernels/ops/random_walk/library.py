@@ -85,8 +85,8 @@ def _triton_random_walk(
     restart: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
-    flat_mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+    flat = [_triton.flatten_leading(x, 2) for x in (q, k, v)]
+    flat_mask = None if mask is None else _triton.flatten_leading(mask, 1)
     y, lse2, _ = torch.ops.cc4s_kernels.random_walk_triton(*flat, flat_mask, scale, steps, restart)
     y = y.reshape(v.shape)
     return (y, (lse2 * math.log(2.0)).reshape(q.shape[:-1])) if return_lse else y
