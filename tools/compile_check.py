@@ -110,12 +110,12 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, full: bool) -> Non
                 kernels.backward(q, k, v, mask, y, lse2, states, v, lse2, 1.0, steps, restart, True, True)
     elif op == "transition_consistency":
         for mask in masks:
-            kl, *saved = kernels.forward(q, k, q, k, mask, 1.0)
-            kernels.backward(q, k, q, k, mask, *saved, kl, kl, 1.0)
+            kl, diagonal, _, *lse = kernels.forward(q, k, q, k, mask, 1.0)
+            kernels.backward(q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
     else:
         for normalize in ("row", "column", "symmetric"):
-            matrix, *saved = kernels.forward(q, k, 1.0, normalize)
-            kernels.backward(q, k, *saved, matrix, 1.0, normalize)
+            matrix, lse2 = kernels.forward(q, k, 1.0, normalize)
+            kernels.backward(q, k, lse2, matrix, 1.0, normalize)
 
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
