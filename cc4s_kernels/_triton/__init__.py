@@ -20,19 +20,31 @@ has to be set before this package is imported."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def missing() -> str | None:
-    """Why no Triton kernel can run on this machine, or None."""
+def _missing_software() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if INTERPRETED:
-        version = importlib.metadata.version("triton")
-        if tuple(map(int, version.split(".")[:2])) < (3, 7):
-            # Loops over a run-time bound fail there with NumPy 2.4.
-            return f"the interpreter needs triton 3.7, this is {version}"
-        return None
+    version = importlib.metadata.version("triton")
+    if INTERPRETED and tuple(map(int, version.split(".")[:2])) < (3, 7):
+        # Loops over a run-time bound fail there with NumPy 2.4.
+        return f"the interpreter (TRITON_INTERPRET=1) needs triton 3.7, this is {version}"
+    return None
+
+
+_MISSING_SOFTWARE = _missing_software()
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run on this machine, or None."""
+    if _MISSING_SOFTWARE is not None or INTERPRETED:
+        return _MISSING_SOFTWARE
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def refuses(tensor: Tensor, name: str) -> str | None:
@@ -47,7 +59,7 @@ def refuses(tensor: Tensor, name: str) -> str | None:
         return None
     if tensor.device.type != "cuda":
         return f"{name} is on {tensor.device}"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = _capability(tensor.device.index)
     if major < 8:
         return f"{name} is on a GPU of compute capability {major}.{minor}, Triton kernels need 8.0"
     return None

@@ -125,7 +125,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         INTERPRETER,
         Row(HOPPER, ("half",), 128, ANY, Config(64, 64, 0, 4, 2)),
         Row(HOPPER, ("half",), 256, ANY, Config(64, 32, 0, 8, 2)),
-        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 4, 2)),
+        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 8, 2)),
         Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
         Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 0, 8, 1)),

@@ -87,4 +87,4 @@ def online_softmax(scores, peak, total):
 @triton.jit
 def finish_softmax(peak, total, valid):
     """lse2 [M] of rows, 0 where not valid."""
-    return tl.where(valid, peak + tl.log2(total), 0.0)
+    return tl.where(valid, peak + tl.log2(tl.where(valid, total, 1.0)), 0.0)

@@ -268,6 +268,9 @@ class OpTester:
     double_backward: ClassVar[bool] = True
     value_tolerance: ClassVar[float] = 1e-11
     """Float64 against `naive`, relative to the largest entry: some 1e4 eps, for sums over up to 1e3 terms."""
+    noise: ClassVar[float] = 0.0
+    """Absolute error that a kernel may leave where eager PyTorch is exact, in results or gradients: for ops whose
+    terms are of order 1 and may cancel."""
     low_precision_slack: ClassVar[float] = 16.0
     """Error of the reference in a dtype, in units of that dtype's eps and relative to the largest entry:
     rounding of the scores, of the sums in float32, and of the output."""
@@ -363,9 +366,11 @@ class OpTester:
             return
         mine, theirs = difference(got, truth), difference(eager, truth)
         # One rounding of the largest entry: eager may be exact by luck.
-        floor = 2 * eps(got.dtype) * float(_wide(truth).abs().max())
+        floor = 2 * eps(got.dtype) * float(_wide(truth).abs().max()) + self.noise
         assert mine.worst <= 2 * theirs.worst + floor, f"{name}: {mine}; eager: {theirs}"
-        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype), f"{name}: {mine}; eager: {theirs}"
+        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype) + self.noise, (
+            f"{name}: {mine}; eager: {theirs}"
+        )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames

@@ -341,7 +341,7 @@ def backward(
     values_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, by the recursion of docs/method.md section 2; empty ones where not needed."""
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v, y, lse2 = rows(q), rows(k), rows(v), rows(y), lse2.contiguous()
     g = torch.zeros_like(v) if y_grad is None else rows(y_grad)
     several = steps > 1
     # Several steps add up their gradients in float32.
@@ -351,8 +351,8 @@ def backward(
     v_sum = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if values_needed and several else None
     for step in reversed(range(steps)):
         if scores_needed:
-            state = v if step == 0 else states[step - 1]
-            after = y if step == steps - 1 else states[step]
+            state = v if step == 0 else rows(states[step - 1])
+            after = y if step == steps - 1 else rows(states[step])
             level = _level(g, after, v, mask, lse_grad if step == steps - 1 else None, restart)
             for by_query, out in ((True, q_grad), (False, k_grad)):
                 _scores(q, k, g, state, mask, lse2, level, out, scale, 1.0 - restart, by_query, several)
@@ -364,9 +364,7 @@ def backward(
     return q_grad.to(q.dtype), k_grad.to(q.dtype), v_grad.to(v.dtype)
 
 
-def _level(
-    g: Tensor, y: Tensor, start: Tensor, mask: Tensor | None, lse_grad: Tensor | None, restart: float
-) -> Tensor:
+def _level(g: Tensor, y: Tensor, start: Tensor, mask: Tensor | None, lse_grad: Tensor | None, restart: float) -> Tensor:
     batch, n, value = g.shape
     level = g.new_empty((batch, n), dtype=torch.float32)
     config = choose("walk_level", target_of(g), g.dtype, "ieee", 0, value)

@@ -84,6 +84,10 @@ def consistency_kernel(
         _, _, peak, total = online_softmax(scores, peak, total)
         weights, decay, peak_target, total_target = online_softmax(target, peak_target, total_target)
         excess = excess * decay + tl.sum(weights * gap, 1)
+    total = tl.where(valid, total, 1.0)
+    total_target = tl.where(valid, total_target, 1.0)
+    peak = tl.where(valid, peak, 0.0)
+    peak_target = tl.where(valid, peak_target, 0.0)
     lse = finish_softmax(peak, total, valid)
     lse_target = finish_softmax(peak_target, total_target, valid)
     # The diagonal by products of the same shape as above, so that its scores round as they did there.
@@ -101,7 +105,9 @@ def consistency_kernel(
         trace_target += tl.sum(tl.where(same, target, 0.0), 1)
     inside = first + tl.arange(0, BLOCK_M) < n
     start = batch * n
-    divergence = (excess / tl.where(valid, total_target, 1.0) - lse_target + lse) * 0.6931471805599453  # ln 2
+    # Peaks first: they nearly cancel the mean gap where few keys have all the weight.
+    divergence = excess / total_target - (peak_target - peak) - (tl.log2(total_target) - tl.log2(total))
+    divergence = divergence * 0.6931471805599453  # ln 2
     store_positions(kl + start, first, inside, tl.where(valid, divergence, 0.0), BLOCK_M)
     store_positions(diagonal + start, first, inside, tl.where(valid, tl.exp2(trace - lse), 0.0), BLOCK_M)
     trace_target = tl.where(valid, tl.exp2(trace_target - lse_target), 0.0)
@@ -239,6 +245,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
     q, k, q_target, k_target = rows(q), rows(k), rows(q_target), rows(k_target)
+    lse2, lse2_target = lse2.contiguous(), lse2_target.contiguous()
     batch, n, key = q.shape
     q_grad, k_grad = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in "qk")
     g = torch.zeros_like(diagonal) if kl_grad is None else kl_grad

@@ -303,7 +303,7 @@ def backward(
     q: Tensor, k: Tensor, lse2: Tensor, matrix_grad: Tensor, scale: float, normalize: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
-    q, k = rows(q), rows(k)
+    q, k, lse2 = rows(q), rows(k), lse2.contiguous()
     batch, n, key = q.shape
     level = torch.empty_like(lse2)
     q_grad, k_grad = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in "qk")
