@@ -30,7 +30,7 @@ import torch
 
 OPS = ("random_walk", "transition_consistency", "transition_matrix")
 PUBLISHED = (64, 512)
-SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (128, 1024), (256, 1024))
+SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
 
 KIBI = 1024

@@ -65,6 +65,31 @@ def multiply_transposed(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def multiply_rows(
+    a,  # [n, WIDTH]
+    a_row,
+    first_a,
+    valid_a,  # [M]
+    b,  # [n, WIDTH]
+    b_row,
+    first_b,
+    valid_b,  # [N]
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a bᵀ [M, N] of M rows of a and N rows of b, loaded COLUMNS columns at a time."""
+    product = tl.zeros([M, N], tl.float32)
+    for column in range(0, WIDTH, COLUMNS):
+        part_a = load_rows(a, a_row, first_a, valid_a, column, WIDTH, M, COLUMNS)
+        part_b = load_rows(b, b_row, first_b, valid_b, column, WIDTH, N, COLUMNS)
+        product = tl.dot(part_a, tl.trans(part_b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def start_softmax(BLOCK: tl.constexpr):
     """(peak, total) of rows without a key so far."""
     return tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)

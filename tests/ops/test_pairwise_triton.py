@@ -20,10 +20,10 @@ compiled_only = pytest.mark.skipif(_triton.INTERPRETED, reason="interpreted kern
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "key", "value"), [(torch.float32, 20, 70), (torch.float16, 40, 130)])
+@pytest.mark.parametrize(("dtype", "key", "value"), [(torch.float32, 20, 70), (torch.float16, 40, 33)])
 def test_wide_values(device, dtype, key, value):
     """Several column splits, several chunks of the product in the backward, ragged in every direction."""
-    size, leading = 70, (1, 2)
+    size, leading = 40, (1, 2)
     q, k = (randn(*leading, size, key, dtype=dtype, device=device, seed=i, scale=key**-0.5) for i in range(2))
     v = randn(*leading, size, value, dtype=dtype, device=device, seed=2)
     mask = (torch.rand(*leading, size, generator=generator(3)) > 0.3).to(device)
@@ -35,7 +35,7 @@ def test_wide_values(device, dtype, key, value):
             y, lse = ck.random_walk(*leaves, mask=mask, steps=2, restart=0.25, return_lse=True)
             gradients = torch.autograd.grad((y, lse), leaves, (cotangent, torch.ones_like(lse)))
         found[backend] = (y.detach(), lse.detach(), gradients)
-    # Sums of 70 terms, and one rounding of each state.
+    # Sums of 40 terms, and one rounding of each state.
     tolerance = 8 * eps(dtype)
     assert_matches("y", found["triton"][0], found["reference"][0], atol=0, rtol=tolerance)
     assert_matches("lse", found["triton"][1], found["reference"][1], atol=0, rtol=16 * eps(torch.float32))
@@ -53,14 +53,14 @@ def test_no_features(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_gradients_survive_float16(device):
-    """The gradient of a mean over rows times a probability is below the smallest float16."""
+    """The gradient of a mean over rows times a probability is below the smallest float16. Keys in two chunks."""
     size = 33
-    tensors = [randn(1, size, 8, dtype=torch.float16, device=device, seed=i) for i in range(4)]
+    tensors = [randn(1, size, 40, dtype=torch.float16, device=device, seed=i) for i in range(4)]
     found = []
     for backend in ("reference", "triton"):
         q = (tensors[0].float() * 256).half().requires_grad_()
         with ck.use_backend(backend):
-            kl = ck.transition_consistency(q, tensors[1], *tensors[2:], scale=1 / 256).kl
+            kl = ck.transition_consistency(q, tensors[1], *tensors[2:], scale=1 / 1024).kl
             (gradient,) = torch.autograd.grad(kl.mean() * 2.0**-4, q, retain_graph=True)
             (large,) = torch.autograd.grad(kl.mean() * 2.0**8, q)
         found.append((gradient, large))

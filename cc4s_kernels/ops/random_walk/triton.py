@@ -17,6 +17,7 @@ from cc4s_kernels._triton.score_tiles import (
     finish_softmax,
     load_positions,
     load_rows,
+    multiply_rows,
     multiply_transposed,
     online_softmax,
     start_softmax,
@@ -263,11 +264,21 @@ def walk_scores_kernel(
             wide_b_tile = load_rows(wide_b, wide_b_row, other, others, 0, VALUE, BLOCK_N, BLOCK_V)
             product = multiply_transposed(wide_a_tile, wide_b_tile, PRECISION)
         else:
-            product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for column in range(0, VALUE, BLOCK_V):
-                part_a = load_rows(wide_a, wide_a_row, first, valid, column, VALUE, BLOCK_M, BLOCK_V)
-                part_b = load_rows(wide_b, wide_b_row, other, others, column, VALUE, BLOCK_N, BLOCK_V)
-                product = tl.dot(part_a, tl.trans(part_b), product, input_precision=PRECISION)
+            product = multiply_rows(
+                wide_a,
+                wide_a_row,
+                first,
+                valid,
+                wide_b,
+                wide_b_row,
+                other,
+                others,
+                VALUE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_V,
+                PRECISION,
+            )
         scores = multiply_transposed(a_tile, b_tile, PRECISION) * factor
         if BY_QUERY:
             scores = tl.where(others[None, :], scores, float("-inf"))

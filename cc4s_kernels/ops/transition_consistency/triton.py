@@ -18,6 +18,7 @@ from cc4s_kernels._triton.score_tiles import (
     finish_softmax,
     load_positions,
     load_rows,
+    multiply_rows,
     multiply_transposed,
     online_softmax,
     start_softmax,
@@ -25,6 +26,39 @@ from cc4s_kernels._triton.score_tiles import (
     store_rows,
     valid_positions,
 )
+
+
+@triton.jit
+def own_rows(x, row_stride, first, valid, KEY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS], kept for `scores_with`; nothing useful where a row is wider than COLUMNS."""
+    return load_rows(x, row_stride, first, valid, 0, KEY, ROWS, COLUMNS)
+
+
+@triton.jit
+def scores_with(
+    own,  # [M, COLUMNS], of `own_rows`
+    a,
+    a_row,
+    first_a,
+    valid_a,
+    b,
+    b_row,
+    first_b,
+    valid_b,
+    factor,
+    KEY: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores [M, N] of owned rows of a and rows of b, in chunks where COLUMNS < KEY."""
+    if COLUMNS >= KEY:
+        tile = load_rows(b, b_row, first_b, valid_b, 0, KEY, N, COLUMNS)
+        product = multiply_transposed(own, tile, PRECISION)
+    else:
+        product = multiply_rows(a, a_row, first_a, valid_a, b, b_row, first_b, valid_b, KEY, M, N, COLUMNS, PRECISION)
+    return product * factor
 
 
 @triton.jit
@@ -66,17 +100,33 @@ def consistency_kernel(
     k_target += batch * k_target_batch
     mask += batch * n
     valid = valid_positions(mask, first, n, BLOCK_M, MASKED)
-    q_tile = load_rows(q, q_row, first, valid, 0, KEY, BLOCK_M, BLOCK_KEY)
-    q_target_tile = load_rows(q_target, q_target_row, first, valid, 0, KEY, BLOCK_M, BLOCK_KEY)
+    q_own = own_rows(q, q_row, first, valid, KEY, BLOCK_M, BLOCK_KEY)
+    q_target_own = own_rows(q_target, q_target_row, first, valid, KEY, BLOCK_M, BLOCK_KEY)
     peak, total = start_softmax(BLOCK_M)
     peak_target, total_target = start_softmax(BLOCK_M)
     excess = tl.zeros([BLOCK_M], tl.float32)
     for other in range(0, n, BLOCK_N):
         keys = valid_positions(mask, other, n, BLOCK_N, MASKED)
-        k_tile = load_rows(k, k_row, other, keys, 0, KEY, BLOCK_N, BLOCK_KEY)
-        k_target_tile = load_rows(k_target, k_target_row, other, keys, 0, KEY, BLOCK_N, BLOCK_KEY)
-        scores = multiply_transposed(q_tile, k_tile, PRECISION) * factor
-        target = multiply_transposed(q_target_tile, k_target_tile, PRECISION) * factor
+        scores = scores_with(
+            q_own, q, q_row, first, valid, k, k_row, other, keys, factor, KEY, BLOCK_M, BLOCK_N, BLOCK_KEY, PRECISION
+        )
+        target = scores_with(
+            q_target_own,
+            q_target,
+            q_target_row,
+            first,
+            valid,
+            k_target,
+            k_target_row,
+            other,
+            keys,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_KEY,
+            PRECISION,
+        )
         # Zero where there is no key: its weight is 0, and -inf - -inf would be NaN.
         gap = tl.where(keys[None, :], target - scores, 0.0)
         scores = tl.where(keys[None, :], scores, float("-inf"))
@@ -97,10 +147,26 @@ def consistency_kernel(
         other = first + part
         keys = valid_positions(mask, other, n, BLOCK_N, MASKED)
         same = part + tl.arange(0, BLOCK_N)[None, :] == tl.arange(0, BLOCK_M)[:, None]
-        k_tile = load_rows(k, k_row, other, keys, 0, KEY, BLOCK_N, BLOCK_KEY)
-        k_target_tile = load_rows(k_target, k_target_row, other, keys, 0, KEY, BLOCK_N, BLOCK_KEY)
-        scores = multiply_transposed(q_tile, k_tile, PRECISION) * factor
-        target = multiply_transposed(q_target_tile, k_target_tile, PRECISION) * factor
+        scores = scores_with(
+            q_own, q, q_row, first, valid, k, k_row, other, keys, factor, KEY, BLOCK_M, BLOCK_N, BLOCK_KEY, PRECISION
+        )
+        target = scores_with(
+            q_target_own,
+            q_target,
+            q_target_row,
+            first,
+            valid,
+            k_target,
+            k_target_row,
+            other,
+            keys,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_KEY,
+            PRECISION,
+        )
         trace += tl.sum(tl.where(same, scores, 0.0), 1)
         trace_target += tl.sum(tl.where(same, target, 0.0), 1)
     inside = first + tl.arange(0, BLOCK_M) < n
@@ -222,7 +288,7 @@ def forward(
         KEY=key,
         BLOCK_M=config.m,
         BLOCK_N=config.n,
-        BLOCK_KEY=block_of(key),
+        BLOCK_KEY=min(config.v, block_of(key)),
         MASKED=mask is not None,
         PRECISION=kind,
         config=config,
