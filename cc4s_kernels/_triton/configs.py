@@ -65,10 +65,10 @@ _WALK = (
 )
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    # P V by rows, v columns to a program.
+    # P V by rows, or Pᵀ G by columns: v columns to a program.
     "walk": _WALK,
-    # Pᵀ G by columns: the same tiles.
-    "walk_transposed": _WALK,
+    # The same with a mask or a restart, which need more registers.
+    "walk_general": (Row(HOPPER, ("half",), 64, ANY, Config(128, 64, 128, 8, 3)), *_WALK),
     # <G, Y> by rows: bound by memory.
     "walk_level": (INTERPRETER, Row(ALL, EVERY, ANY, ANY, Config(32, 0, 128, 4, 1))),
     # dQ or dK. v columns of the product G Yᵀ at a time; where v >= D the owned rows stay in shared memory.
@@ -109,7 +109,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 256, ANY, Config(16, 32, 0, 8, 1)),
         Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
         Row(ALL, ("float32",), 128, ANY, Config(16, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 256, ANY, Config(16, 16, 0, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 0, 4, 1)),
     ),
     # The matrix itself, and its backward: bound by the matrix's traffic.
     "matrix": (

@@ -307,7 +307,7 @@ def forward(
     states = v.new_empty((steps - 1, batch, n, value))
     lse2 = v.new_empty((batch, n), dtype=torch.float32)
     kind = precision(q.dtype)
-    config = choose("walk", target_of(q), q.dtype, kind, key, value)
+    config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
     block_v = min(config.v, block_of(value))
     splits = max(1, tiles(value, block_v))
     state = v
@@ -373,6 +373,10 @@ def backward(
             g = _transposed(q, k, g, mask, lse2, scale, 1.0 - restart, 0.0 if several else restart)
     v_grad = (g if v_sum is None else v_sum.add_(g)) if values_needed else v.new_empty(0)
     return q_grad.to(q.dtype), k_grad.to(q.dtype), v_grad.to(v.dtype)
+
+
+def _table(mask: Tensor | None, restart: float) -> str:
+    return "walk" if mask is None and restart == 0.0 else "walk_general"
 
 
 def _level(g: Tensor, y: Tensor, start: Tensor, mask: Tensor | None, lse_grad: Tensor | None, restart: float) -> Tensor:
@@ -445,7 +449,7 @@ def _transposed(
     value = g.shape[-1]
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     kind = precision(q.dtype)
-    config = choose("walk_transposed", target_of(q), q.dtype, kind, key, value)
+    config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
     block_v = min(config.v, block_of(value))
     splits = max(1, tiles(value, block_v))
     launch(
