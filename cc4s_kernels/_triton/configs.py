@@ -61,7 +61,7 @@ _WALK = (
     Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 64, 4, 2)),
     Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 64, 8, 1)),
     Row(ALL, ("float32",), 64, ANY, Config(64, 32, 64, 8, 2)),
-    Row(ALL, ("float32",), 256, ANY, Config(32, 32, 64, 8, 1)),
+    Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
 )
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -70,7 +70,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # The same with a mask or a restart, which need more registers.
     "walk_general": (Row(HOPPER, ("half",), 64, ANY, Config(128, 64, 128, 8, 3)), *_WALK),
     # <G, Y> by rows: bound by memory.
-    "walk_level": (INTERPRETER, Row(ALL, EVERY, ANY, ANY, Config(32, 0, 128, 4, 1))),
+    "walk_level": (INTERPRETER, Row(ALL, EVERY, ANY, ANY, Config(32, 0, 64, 4, 1))),
     # dQ or dK. v columns of the product G Yᵀ at a time; where v >= D the owned rows stay in shared memory.
     "walk_scores": (
         INTERPRETER,
@@ -82,6 +82,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(AMPERE, ("half",), 128, ANY, Config(64, 64, 64, 8, 2)),
         Row(AMPERE, ("half",), 256, ANY, Config(32, 64, 64, 8, 1)),
         Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 64, 8, 2)),
+        Row(ALL, ("tf32",), 128, ANY, Config(32, 32, 32, 8, 1)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 16, 32, 8, 1)),
         Row(ALL, ("float32",), 64, ANY, Config(64, 32, 32, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
@@ -111,27 +112,42 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("float32",), 128, ANY, Config(16, 32, 0, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 0, 4, 1)),
     ),
-    # The matrix itself, and its backward: bound by the matrix's traffic.
+    # The matrix itself, and its backward: bound by the matrix's traffic. v columns of d at a time.
     "matrix": (
         INTERPRETER,
-        Row(HOPPER, ("half",), 256, ANY, Config(64, 64, 0, 4, 2)),
-        Row(AMPERE, ("half",), 128, ANY, Config(64, 64, 0, 4, 2)),
-        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 4, 1)),
-        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
-        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+        Row(HOPPER, ("half",), 256, ANY, Config(64, 64, 256, 4, 2)),
+        Row(AMPERE, ("half",), 128, ANY, Config(64, 64, 256, 4, 2)),
+        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 256, 4, 1)),
+        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 256, 4, 2)),
+        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 256, 8, 1)),
+        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 256, 4, 2)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 256, 8, 1)),
     ),
     "matrix_scores": (
         INTERPRETER,
-        Row(HOPPER, ("half",), 128, ANY, Config(64, 64, 0, 4, 2)),
-        Row(HOPPER, ("half",), 256, ANY, Config(64, 32, 0, 8, 2)),
-        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 8, 2)),
-        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
-        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
-        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 0, 8, 1)),
+        Row(HOPPER, ("half",), 128, ANY, Config(64, 64, 256, 4, 2)),
+        Row(HOPPER, ("half",), 256, ANY, Config(64, 32, 256, 8, 2)),
+        Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 256, 8, 2)),
+        Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 256, 8, 1)),
+        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 256, 4, 2)),
+        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 256, 8, 1)),
+        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 256, 4, 2)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 256, 8, 1)),
+    ),
+    # Two products to a score.
+    "matrix_symmetric": (
+        INTERPRETER,
+        Row(ALL, ("half",), 64, ANY, Config(64, 64, 64, 4, 2)),
+        Row(ALL, ("half",), 256, ANY, Config(64, 64, 64, 8, 2)),
+        Row(ALL, ("tf32", "float32"), 256, ANY, Config(32, 32, 32, 8, 1)),
+    ),
+    "matrix_scores_symmetric": (
+        INTERPRETER,
+        Row(HOPPER, ("half",), 64, ANY, Config(64, 64, 64, 4, 2)),
+        Row(ALL, ("half",), 128, ANY, Config(64, 32, 64, 8, 2)),
+        Row(ALL, ("half",), 256, ANY, Config(32, 32, 64, 8, 1)),
+        Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
     ),
 }
 

@@ -90,6 +90,33 @@ def multiply_rows(
 
 
 @triton.jit
+def scores_with(
+    own,  # [M, COLUMNS], the first columns of these rows of a
+    a,
+    a_row,
+    first_a,
+    valid_a,
+    b,
+    b_row,
+    first_b,
+    valid_b,
+    factor,
+    KEY: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores [M, N] of owned rows of a and rows of b, in chunks where COLUMNS < KEY."""
+    if COLUMNS >= KEY:
+        tile = load_rows(b, b_row, first_b, valid_b, 0, KEY, N, COLUMNS)
+        product = multiply_transposed(own, tile, PRECISION)
+    else:
+        product = multiply_rows(a, a_row, first_a, valid_a, b, b_row, first_b, valid_b, KEY, M, N, COLUMNS, PRECISION)
+    return product * factor
+
+
+@triton.jit
 def start_softmax(BLOCK: tl.constexpr):
     """(peak, total) of rows without a key so far."""
     return tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)

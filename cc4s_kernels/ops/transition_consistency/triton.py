@@ -18,47 +18,14 @@ from cc4s_kernels._triton.score_tiles import (
     finish_softmax,
     load_positions,
     load_rows,
-    multiply_rows,
     multiply_transposed,
     online_softmax,
+    scores_with,
     start_softmax,
     store_positions,
     store_rows,
     valid_positions,
 )
-
-
-@triton.jit
-def own_rows(x, row_stride, first, valid, KEY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS], kept for `scores_with`; nothing useful where a row is wider than COLUMNS."""
-    return load_rows(x, row_stride, first, valid, 0, KEY, ROWS, COLUMNS)
-
-
-@triton.jit
-def scores_with(
-    own,  # [M, COLUMNS], of `own_rows`
-    a,
-    a_row,
-    first_a,
-    valid_a,
-    b,
-    b_row,
-    first_b,
-    valid_b,
-    factor,
-    KEY: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores [M, N] of owned rows of a and rows of b, in chunks where COLUMNS < KEY."""
-    if COLUMNS >= KEY:
-        tile = load_rows(b, b_row, first_b, valid_b, 0, KEY, N, COLUMNS)
-        product = multiply_transposed(own, tile, PRECISION)
-    else:
-        product = multiply_rows(a, a_row, first_a, valid_a, b, b_row, first_b, valid_b, KEY, M, N, COLUMNS, PRECISION)
-    return product * factor
 
 
 @triton.jit
@@ -100,8 +67,8 @@ def consistency_kernel(
     k_target += batch * k_target_batch
     mask += batch * n
     valid = valid_positions(mask, first, n, BLOCK_M, MASKED)
-    q_own = own_rows(q, q_row, first, valid, KEY, BLOCK_M, BLOCK_KEY)
-    q_target_own = own_rows(q_target, q_target_row, first, valid, KEY, BLOCK_M, BLOCK_KEY)
+    q_own = load_rows(q, q_row, first, valid, 0, KEY, BLOCK_M, BLOCK_KEY)
+    q_target_own = load_rows(q_target, q_target_row, first, valid, 0, KEY, BLOCK_M, BLOCK_KEY)
     peak, total = start_softmax(BLOCK_M)
     peak_target, total_target = start_softmax(BLOCK_M)
     excess = tl.zeros([BLOCK_M], tl.float32)

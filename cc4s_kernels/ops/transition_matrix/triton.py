@@ -18,8 +18,8 @@ from cc4s_kernels._triton.score_tiles import (
     finish_softmax,
     load_positions,
     load_rows,
-    multiply_transposed,
     online_softmax,
+    scores_with,
     start_softmax,
     store_positions,
     store_rows,
@@ -28,12 +28,33 @@ from cc4s_kernels._triton.score_tiles import (
 
 
 @triton.jit
-def pair_scores(a_own, b_own, a_other, b_other, factor, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr):
-    """[own, other] scores; b_own and a_other are not used without SYMMETRIC."""
-    scores = multiply_transposed(a_own, b_other, PRECISION)
+def pair_scores(
+    a_own,  # [M, CHUNK], the first columns of these rows of a
+    b_own,  # [M, CHUNK], of b; not used without SYMMETRIC
+    a,
+    a_row,
+    b,
+    b_row,
+    first,
+    inside,
+    other,
+    others,
+    factor,
+    KEY: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[own, other] scores."""
+    scores = scores_with(a_own, a, a_row, first, inside, b, b_row, other, others, factor, KEY, M, N, CHUNK, PRECISION)
     if SYMMETRIC:
-        scores = (scores + multiply_transposed(b_own, a_other, PRECISION)) * 0.5
-    return scores * factor
+        scores += scores_with(
+            b_own, b, b_row, first, inside, a, a_row, other, others, factor, KEY, M, N, CHUNK, PRECISION
+        )
+        scores = scores * 0.5
+    return scores
 
 
 @triton.jit
@@ -68,7 +89,7 @@ def matrix_lse_kernel(
     KEY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
+    CHUNK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -78,18 +99,32 @@ def matrix_lse_kernel(
     a += batch * a_batch
     b += batch * b_batch
     inside = valid_positions(a, first, n, BLOCK_M, False)
-    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     b_own = a_own
     if SYMMETRIC:
-        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     peak, total = start_softmax(BLOCK_M)
     for other in range(0, n, BLOCK_N):
         others = valid_positions(a, other, n, BLOCK_N, False)
-        b_other = load_rows(b, b_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
-        a_other = b_other
-        if SYMMETRIC:
-            a_other = load_rows(a, a_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
-        scores = pair_scores(a_own, b_own, a_other, b_other, factor, SYMMETRIC, PRECISION)
+        scores = pair_scores(
+            a_own,
+            b_own,
+            a,
+            a_row,
+            b,
+            b_row,
+            first,
+            inside,
+            other,
+            others,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            CHUNK,
+            SYMMETRIC,
+            PRECISION,
+        )
         _, _, peak, total = online_softmax(tl.where(others[None, :], scores, float("-inf")), peak, total)
     store_positions(lse2 + batch * n, first, inside, finish_softmax(peak, total, inside), BLOCK_M)
 
@@ -112,7 +147,7 @@ def matrix_kernel(
     KEY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
+    CHUNK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -128,16 +163,34 @@ def matrix_kernel(
     lse2 += batch * n
     inside = valid_positions(a, first, n, BLOCK_M, False)
     others = valid_positions(a, other, n, BLOCK_N, False)
-    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
-    b_other = load_rows(b, b_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
+    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     b_own = a_own
-    a_other = b_other
     level = load_positions(lse2, first, inside, 0.0, BLOCK_M)[:, None]
     if SYMMETRIC:
-        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
-        a_other = load_rows(a, a_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
+        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
         level = (level + load_positions(lse2, other, others, 0.0, BLOCK_N)[None, :]) * 0.5
-    entries = tl.exp2(pair_scores(a_own, b_own, a_other, b_other, factor, SYMMETRIC, PRECISION) - level)
+    entries = tl.exp2(
+        pair_scores(
+            a_own,
+            b_own,
+            a,
+            a_row,
+            b,
+            b_row,
+            first,
+            inside,
+            other,
+            others,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            CHUNK,
+            SYMMETRIC,
+            PRECISION,
+        )
+        - level
+    )
     start = matrix + batch * matrix_batch
     start += tl.cast(first, tl.int64) * matrix_own + tl.cast(other, tl.int64) * matrix_other
     offsets = tl.arange(0, BLOCK_M)[:, None] * matrix_own + tl.arange(0, BLOCK_N)[None, :] * matrix_other
@@ -163,7 +216,7 @@ def matrix_level_kernel(
     KEY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
+    CHUNK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -175,23 +228,38 @@ def matrix_level_kernel(
     g += batch * g_batch
     lse2 += batch * n
     inside = valid_positions(a, first, n, BLOCK_M, False)
-    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     b_own = a_own
     if SYMMETRIC:
-        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     own_lse = load_positions(lse2, first, inside, float("inf"), BLOCK_M)
     sums = tl.zeros([BLOCK_M], tl.float32)
     for other in range(0, n, BLOCK_N):
         others = valid_positions(a, other, n, BLOCK_N, False)
-        b_other = load_rows(b, b_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
-        a_other = b_other
         gradient = load_entries(g, g_own, g_other, first, other, inside, others, BLOCK_M, BLOCK_N)
         shift = own_lse[:, None]
         if SYMMETRIC:
-            a_other = load_rows(a, a_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
             gradient += load_entries(g, g_other, g_own, first, other, inside, others, BLOCK_M, BLOCK_N)
             shift = (shift + load_positions(lse2, other, others, float("inf"), BLOCK_N)[None, :]) * 0.5
-        scores = pair_scores(a_own, b_own, a_other, b_other, factor, SYMMETRIC, PRECISION)
+        scores = pair_scores(
+            a_own,
+            b_own,
+            a,
+            a_row,
+            b,
+            b_row,
+            first,
+            inside,
+            other,
+            others,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            CHUNK,
+            SYMMETRIC,
+            PRECISION,
+        )
         entries = tl.exp2(tl.where(others[None, :], scores, float("-inf")) - shift)
         sums += tl.sum(gradient * entries, 1)
     store_positions(level + batch * n, first, inside, sums, BLOCK_M)
@@ -221,6 +289,7 @@ def matrix_scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    CHUNK: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -235,22 +304,38 @@ def matrix_scores_kernel(
     lse2 += batch * n
     level += batch * n
     inside = valid_positions(a, first, n, BLOCK_M, False)
-    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+    a_own = load_rows(a, a_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     b_own = a_own
     if SYMMETRIC:
-        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, BLOCK_KEY)
+        b_own = load_rows(b, b_row, first, inside, 0, KEY, BLOCK_M, CHUNK)
     own_lse = load_positions(lse2, first, inside, float("inf"), BLOCK_M)
     own_level = load_positions(level, first, inside, 0.0, BLOCK_M)
     sums = tl.zeros([BLOCK_M, BLOCK_KEY], tl.float32)
     for other in range(0, n, BLOCK_N):
         others = valid_positions(a, other, n, BLOCK_N, False)
         b_other = load_rows(b, b_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
-        a_other = b_other
         gradient = load_entries(g, g_own, g_other, first, other, inside, others, BLOCK_M, BLOCK_N)
         if SYMMETRIC:
-            a_other = load_rows(a, a_row, other, others, 0, KEY, BLOCK_N, BLOCK_KEY)
             gradient += load_entries(g, g_other, g_own, first, other, inside, others, BLOCK_M, BLOCK_N)
-        scores = pair_scores(a_own, b_own, a_other, b_other, factor, SYMMETRIC, PRECISION)
+        scores = pair_scores(
+            a_own,
+            b_own,
+            a,
+            a_row,
+            b,
+            b_row,
+            first,
+            inside,
+            other,
+            others,
+            factor,
+            KEY,
+            BLOCK_M,
+            BLOCK_N,
+            CHUNK,
+            SYMMETRIC,
+            PRECISION,
+        )
         lse_tile = load_positions(lse2, other, others, float("inf"), BLOCK_N)
         level_tile = load_positions(level, other, others, 0.0, BLOCK_N)
         if SYMMETRIC:
@@ -268,6 +353,10 @@ def matrix_scores_kernel(
     store_rows(out + batch * out_batch, out_row, first, inside, 0, scale * sums, KEY, BLOCK_M, BLOCK_KEY)
 
 
+def _table(kernel: str, normalize: str) -> str:
+    return f"{kernel}_symmetric" if normalize == "symmetric" else kernel
+
+
 def forward(q: Tensor, k: Tensor, scale: float, normalize: str) -> tuple[Tensor, Tensor]:
     """The matrix (B, N, N) in the dtype of q, and lse2 (B, N) float32 of the normalised side."""
     q, k = rows(q), rows(k)
@@ -276,12 +365,12 @@ def forward(q: Tensor, k: Tensor, scale: float, normalize: str) -> tuple[Tensor,
     lse2 = q.new_empty((batch, n), dtype=torch.float32)
     a, b, entries = (k, q, matrix.mT) if normalize == "column" else (q, k, matrix)
     kind = precision(q.dtype)
-    config = choose("matrix", target_of(q), q.dtype, kind, key)
+    config = choose(_table("matrix", normalize), target_of(q), q.dtype, kind, key)
     constants = {
         "KEY": key,
         "BLOCK_M": config.m,
         "BLOCK_N": config.n,
-        "BLOCK_KEY": block_of(key),
+        "CHUNK": min(config.v, block_of(key)),
         "SYMMETRIC": normalize == "symmetric",
         "PRECISION": kind,
     }
@@ -311,12 +400,12 @@ def backward(
     if normalize == "column":
         g, a, b, a_grad, b_grad = g.mT, k, q, k_grad, q_grad
     kind = precision(q.dtype)
-    config = choose("matrix_scores", target_of(q), q.dtype, kind, key)
+    config = choose(_table("matrix_scores", normalize), target_of(q), q.dtype, kind, key)
     constants = {
         "KEY": key,
         "BLOCK_M": config.m,
         "BLOCK_N": config.n,
-        "BLOCK_KEY": block_of(key),
+        "CHUNK": min(config.v, block_of(key)),
         "SYMMETRIC": normalize == "symmetric",
         "PRECISION": kind,
     }
@@ -336,6 +425,7 @@ def backward(
             *(*sides, lse2, gradient, level, out),
             *(*strides(*sides, out), *gradient.stride(), n, scale * LOG2_E, scale),
             **constants,
+            BLOCK_KEY=block_of(key),
             NORMALIZED=normalized,
             config=config,
         )
