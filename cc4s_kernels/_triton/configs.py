@@ -143,7 +143,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "matrix_scores_symmetric": (
         INTERPRETER,
-        Row(HOPPER, ("half",), 64, ANY, Config(64, 64, 64, 4, 2)),
         Row(ALL, ("half",), 128, ANY, Config(64, 32, 64, 8, 2)),
         Row(ALL, ("half",), 256, ANY, Config(32, 32, 64, 8, 1)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
