@@ -125,7 +125,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "matrix_scores": (
         INTERPRETER,
-        Row(HOPPER, ("half",), 128, ANY, Config(64, 64, 256, 4, 2)),
+        Row(HOPPER, ("half",), 64, ANY, Config(64, 64, 256, 4, 2)),
         Row(HOPPER, ("half",), 256, ANY, Config(64, 32, 256, 8, 2)),
         Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 256, 8, 2)),
         Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 256, 8, 1)),
