@@ -1,6 +1,8 @@
 # Everything runs in .venv, created on first use with the versions of constraints.txt.
 #   make demo      the whole pipeline on a built-in synthetic set, with report.html
 #   make test      lint, types and tests
+#   make compile-check   compiles the Triton kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills, shared
+#                        memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp csrc/*/*.inl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test lint selftest format clean
+.PHONY: help install build demo test test-triton compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +44,14 @@ selftest: build
 
 test: lint selftest
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-triton
+
+# A process of its own: Triton decides when a kernel is defined whether it will be interpreted.
+test-triton: build
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m triton_interpreter -n 2
+
+compile-check: build
+	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON))
 
 format: build
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,9 @@ implementations for a dispatch key. Loading never compiles and never fails: `EXT
 extension is absent.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,3 +31,28 @@ def _load_extension() -> str | None:
 LIBRARY.define("value_range(Tensor values, int? skip) -> Tensor")
 
 EXTENSION_ERROR: str | None = _load_extension()
+
+
+def register(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Gives the defined op `name` a Python implementation for every device, a fake and, if differentiable, autograd."""
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def no_second_derivative(backend: str) -> Callable[..., Any]:
+    """The backward of a backward op."""
+
+    def raises(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"the {backend} backend has no second derivatives: use cc4s_kernels.use_backend('reference')"
+        )
+
+    return raises

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cc4s_kernels import _library
+from cc4s_kernels import _library, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """All backend names, fastest first: the order of automatic choice."""
@@ -77,7 +77,9 @@ def missing(backend: str) -> str | None:
     """Why `backend` cannot run anything on this machine, or None if it can."""
     if backend == "cpu":
         return _library.EXTENSION_ERROR
-    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+    if backend == "triton":
+        return _triton.missing()
+    if backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     return None
 

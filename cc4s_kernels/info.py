@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import cc4s_kernels as ck
-from cc4s_kernels import _library, backends
+from cc4s_kernels import _library, _triton, backends
 
 Array = NDArray[Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -450,7 +450,8 @@ def _outputs(check: Check, backend: str, device: str) -> list[Array]:
 
 def run_check(check: Check, backend: str) -> Row:
     """Runs one op on one backend in float32; never raises."""
-    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    interpreted = backend == "triton" and _triton.INTERPRETED
+    device = "cuda" if backend in ("triton", "cuda") and not interpreted else "cpu"
     try:
         args, kwargs = check.inputs()
         outputs = _outputs(check, backend, device)

@@ -51,6 +51,8 @@ class TestRandomWalk(OpTester):
     sizes = (1, 7, 33)
     differentiable = (0, 1, 2)
     autocast = "cast"
+    # With one position all gradients of scores are 0: a few roundings of scores and products are left.
+    noise = 16 * torch.finfo(torch.float32).eps
     variants: ClassVar = {
         "plain": {},
         "lse": {"scale": 0.3, "return_lse": True},

@@ -45,6 +45,8 @@ def naive_consistency(q, k, q_target, k_target, *, mask=None, scale=1.0, normali
 class TestTransitionConsistency(OpTester):
     op_name = "transition_consistency"
     differentiable = (0, 1)
+    # With one position all gradients of scores are 0: a few roundings of scores and products are left.
+    noise = 16 * torch.finfo(torch.float32).eps
     variants: ClassVar = {"row": {}, "column": {"normalize": "column", "scale": 0.5}}
 
     def make_inputs(self, dtype, device, size, seed):

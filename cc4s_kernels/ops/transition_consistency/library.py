@@ -1,6 +1,98 @@
-"""Backends of `transition_consistency`."""
+"""Torch ops and backends of `transition_consistency`."""
 
-from cc4s_kernels import backends
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cc4s_kernels import _library, _triton, backends
 from cc4s_kernels.ops.transition_consistency import reference
+from cc4s_kernels.ops.transition_consistency.reference import TransitionConsistency
 
 backends.register("transition_consistency", "reference", reference.transition_consistency)
+
+# ---- triton: tensors are (B, N, d), rows are normalised; all that is not q_grad or k_grad is (B, N) float32.
+
+_library.LIBRARY.define(
+    "transition_consistency_triton(Tensor q, Tensor k, Tensor q_target, Tensor k_target, Tensor? mask, float scale)"
+    " -> (Tensor kl, Tensor diagonal, Tensor diagonal_target, Tensor lse2, Tensor lse2_target)"
+)
+_library.LIBRARY.define(
+    "transition_consistency_triton_backward(Tensor q, Tensor k, Tensor q_target, Tensor k_target, Tensor? mask,"
+    " Tensor diagonal, Tensor lse2, Tensor lse2_target, Tensor? kl_grad, Tensor? diagonal_grad, float scale)"
+    " -> (Tensor q_grad, Tensor k_grad)"
+)
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    from cc4s_kernels.ops.transition_consistency import triton
+
+    return triton.forward(*args)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    from cc4s_kernels.ops.transition_consistency import triton
+
+    return triton.backward(*args)
+
+
+def _fake_forward(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(5))
+
+
+def _fake_backward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    _, diagonal, diagonal_target, lse2, lse2_target = output
+    ctx.save_for_backward(*tensors, diagonal, lse2, lse2_target)
+    ctx.mark_non_differentiable(diagonal_target, lse2, lse2_target)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, kl_grad: Tensor | None, diagonal_grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
+    q_grad, k_grad = torch.ops.cc4s_kernels.transition_consistency_triton_backward(
+        *ctx.saved_tensors, kl_grad, diagonal_grad, ctx.scale
+    )
+    needed = ctx.needs_input_grad
+    return (q_grad if needed[0] else None, k_grad if needed[1] else None, None, None, None, None)
+
+
+_library.register("transition_consistency_triton", _forward, _fake_forward, _gradients, _save)
+_library.register(
+    "transition_consistency_triton_backward", _backward, _fake_backward, _library.no_second_derivative("triton")
+)
+
+
+def _triton_transition_consistency(
+    q: Tensor,
+    k: Tensor,
+    q_target: Tensor,
+    k_target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: str = "row",
+) -> TransitionConsistency:
+    if normalize == "column":
+        q, k, q_target, k_target = k, q, k_target, q_target
+    flat = [_triton.flatten_leading(x, 2) for x in (q, k, q_target, k_target)]
+    flat_mask = None if mask is None else _triton.flatten_leading(mask, 1)
+    kl, diagonal, diagonal_target, *_ = torch.ops.cc4s_kernels.transition_consistency_triton(*flat, flat_mask, scale)
+    leading = q.shape[:-2]
+    return TransitionConsistency(
+        kl.reshape(q.shape[:-1]), diagonal.sum(-1).reshape(leading), diagonal_target.sum(-1).reshape(leading)
+    )
+
+
+def _triton_refuses(q: Tensor, *args: Any, **options: Any) -> str | None:
+    if q.shape[-1] > 256:
+        return f"d = {q.shape[-1]}: the Triton kernels take d <= 256"
+    return _triton.refuses(q, "q")
+
+
+backends.register("transition_consistency", "triton", _triton_transition_consistency, _triton_refuses)

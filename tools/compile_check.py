@@ -1,0 +1,270 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and says what each needs on its chip.
+
+    python -m tools.compile_check [--full] [--json FILE] [--targets sm_90 ...] [--ops random_walk ...]
+
+Per kernel: registers per thread, bytes spilled, shared memory. The exit code is 1 if a kernel spills, needs more
+shared memory than its chip has, or does not compile. By default each op is compiled at the published size in
+bfloat16; `--full` takes every dtype and every size class of cc4s_kernels/_triton/configs.py.
+
+What is compiled is what the ops launch: each op runs on meta tensors with a recorder in the place of the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = ("random_walk", "transition_consistency", "transition_matrix")
+PUBLISHED = (64, 512)
+SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
+"""(d, D): one of every class of the table, and sizes around the published one."""
+
+KIBI = 1024
+# Largest dynamic shared memory of a block, CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
+SHARED_LIMIT = {"sm_80": 163 * KIBI, "sm_86": 99 * KIBI, "sm_90": 227 * KIBI, "sm_100": 227 * KIBI}
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+class Job(NamedTuple):
+    """One kernel instance. arguments: (name, Triton type, divisible by 16) or, for a constant, (name, value)."""
+
+    target: str
+    module: str
+    kernel: str
+    case: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    warps: int
+    stages: int
+
+
+class Found(NamedTuple):
+    target: str
+    kernel: str
+    case: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_memory_columns: int
+    seconds: float
+    error: str
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.spill_bytes == 0 and self.shared_bytes <= self.shared_limit
+
+
+# ---- what the ops launch
+
+Case = tuple[str, torch.dtype, str, int, int]
+
+
+def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
+    """(op, dtype, precision of float32 products, d, D)."""
+    kinds = [(torch.bfloat16, "ieee")]
+    if full:
+        kinds += [(torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+    for op in ops:
+        for dtype, precision in kinds:
+            # float16 compiles as bfloat16 does.
+            sizes = SIZES if full and dtype != torch.float16 else (PUBLISHED,)
+            if op != "random_walk":
+                sizes = tuple(dict.fromkeys((key, 0) for key, _ in sizes))
+            for key, value in sizes:
+                yield op, dtype, precision, key, value
+
+
+def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) -> None:
+    """Launches every kernel of `op` on meta tensors; `variants` adds masks, several steps and restarts."""
+    kernels = importlib.import_module(f"cc4s_kernels.ops.{op}.triton")
+    n = 3481
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    q, k = empty(2, n, key), empty(2, n, key)
+    masks = (None, empty(2, n, of=torch.bool)) if variants else (None,)
+    if op == "random_walk":
+        v = empty(2, n, value)
+        for mask in masks:
+            for steps, restart in ((1, 0.0), (2, 0.25)) if variants else ((1, 0.0),):
+                y, lse2, states = kernels.forward(q, k, v, mask, 1.0, steps, restart)
+                kernels.backward(q, k, v, mask, y, lse2, states, v, lse2, 1.0, steps, restart, True, True)
+    elif op == "transition_consistency":
+        for mask in masks:
+            kl, diagonal, _, *lse = kernels.forward(q, k, q, k, mask, 1.0)
+            kernels.backward(q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
+    else:
+        for normalize in ("row", "symmetric", "column"):
+            matrix, lse2 = kernels.forward(q, k, 1.0, normalize)
+            kernels.backward(q, k, lse2, matrix, 1.0, normalize)
+
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+
+
+def job_of(target: str, case: str, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any) -> Job:
+    """The compilation that `kernel[grid](*args, **constants)` would start."""
+    types: list[tuple[str, str]] = []
+    fixed = dict(constants)
+    divisible = []
+    for index, (name, arg) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(arg, torch.Tensor):
+            types.append((name, TYPES[arg.dtype]))
+            divisible.append(index)
+        elif isinstance(arg, float):
+            types.append((name, "fp32"))
+        elif arg == 1:
+            fixed[name] = 1
+        else:
+            types.append((name, "i32" if -(2**31) <= arg < 2**31 else "i64"))
+            if arg % 16 == 0:
+                divisible.append(index)
+    return Job(
+        target,
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        case,
+        tuple(types),
+        tuple(fixed.items()),
+        tuple(divisible),
+        config.warps,
+        config.stages,
+    )
+
+
+def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
+    """The different kernel instances that the ops launch on `target`."""
+    from cc4s_kernels._triton import launch
+
+    jobs: dict[Any, Job] = {}
+    for op, dtype, precision, key, value in cases(ops, full):
+        name = str(dtype).removeprefix("torch.") if precision == "ieee" else precision
+        case = f"{name} d={key}" + (f" D={value}" if value else "")
+
+        def record(
+            kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any, case: str = case
+        ) -> None:
+            job = job_of(target, case, kernel, args, constants, config)
+            jobs.setdefault(job._replace(case=""), job)
+
+        torch.backends.cuda.matmul.fp32_precision = precision
+        with launch.recording(target, record):
+            run_op(op, dtype, key, value, variants=full and (key, value or PUBLISHED[1]) == PUBLISHED)
+    return list(jobs.values())
+
+
+# ---- compilation
+
+
+def compile_job(job: Job) -> Found:
+    """Compiles one kernel; never raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    start = time.perf_counter()
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    capability = int(job.target.removeprefix("sm_"))
+    types, constants = dict(job.types), dict(job.constants)
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in job.divisible})
+    flags = [f"{name}={value}" for name, value in job.constants if name.isupper() and value is True]
+    case = " ".join([job.case, f"{constants['BLOCK_M']}x{constants.get('BLOCK_N', '-')}", *flags])
+    shape = (job.target, job.kernel, case, job.warps, job.stages)
+    try:
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": job.warps, "num_stages": job.stages},
+        )
+        registers, spills = resources(compiled.asm["ptx"], capability)
+    except Exception as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        return Found(*shape, 0, 0, 0, SHARED_LIMIT[job.target], 0, time.perf_counter() - start, message[-1])
+    return Found(
+        *shape,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        SHARED_LIMIT[job.target],
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+        time.perf_counter() - start,
+        "",
+    )
+
+
+def resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, from the assembler in Triton's package."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    blackwell = folder / "ptxas-blackwell"
+    ptxas = blackwell if capability >= 100 and blackwell.exists() else folder / "ptxas"
+    # Instructions of 9.0 and 10.0 that no other chip has carry the suffix a.
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "kernel.ptx"
+        path.write_text(ptx)
+        # The options of Triton's own call.
+        command = [ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}", str(path), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers = max(map(int, re.findall(r"Used (\d+) registers", result.stderr)))
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", result.stderr)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels without a GPU.")
+    parser.add_argument("--full", action="store_true", help="every dtype and size class, not one of each kernel")
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=SHARED_LIMIT, metavar="SM")
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, metavar="OP")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
+
+    jobs = [job for target in options.targets for job in collect(target, options.ops, options.full)]
+    print(f"{'chip':<8}{'kernel':<26}{'warps':>5}{'stages':>7}{'regs':>6}{'spills':>8}{'shared KiB':>12}  case")
+    rows = []
+    # Triton's compiler is not safe to fork.
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(compile_job, jobs):
+            shared = f"{row.shared_bytes / KIBI:.0f}/{row.shared_limit // KIBI}"
+            print(
+                f"{row.target:<8}{row.kernel:<26}{row.warps:>5}{row.stages:>7}{row.registers:>6}{row.spill_bytes:>8}"
+                f"{shared:>12}  {row.case}{'' if row.passed else '  FAILED ' + row.error}",
+                flush=True,
+            )
+            rows.append(row)
+    if options.json is not None:
+        import triton
+
+        table = [{**row._asdict(), "passed": row.passed} for row in rows]
+        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n")
+    failed = sum(not row.passed for row in rows)
+    print(f"{len(rows)} kernels compiled, {failed or 'none'} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
