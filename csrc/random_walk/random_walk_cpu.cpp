@@ -16,20 +16,8 @@ using namespace cc4s;
 
 // The dtype that is computed in: steps after the first read float, since rounding in between would add up.
 ScalarType compute_dtype(const Tensor& q, int64_t steps) {
-  const bool half = q.scalar_type() == ScalarType::BFloat16 && steps == 1 && current_isa() >= Isa::avx512_bf16;
-  return half ? ScalarType::BFloat16 : scalar_of(q.scalar_type());
+  return steps == 1 ? element_of(q.scalar_type()) : scalar_of(q.scalar_type());
 }
-
-// Calls body with a tag of the element type that stands for `dtype`.
-template <class Body>
-auto with_element(ScalarType dtype, const Body& body) {
-  if (dtype == ScalarType::Double) return body(double{});
-  if (dtype == ScalarType::BFloat16) return body(Half{});
-  return body(float{});
-}
-
-template <class E>
-using ScalarFor = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
 template <class E>
 WalkInput<E, ScalarFor<E>> walk_input(const Tensor& q, const Tensor& k, const Valid& valid, double scale,
@@ -84,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> random_walk(const Tensor& q_in, const Tensor&
       }
     });
   }
-  return {y.scalar_type() == v_in.scalar_type() ? y : torch::stable::to(y, v_in.scalar_type()), lse, states};
+  return {cast_to(y, v_in.scalar_type()), lse, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor> random_walk_backward(const std::optional<Tensor>& grad_y_in,
@@ -98,9 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> random_walk_backward(const std::optional<Tens
   const Tensor q = contiguous_as(q_in, dtype), k = contiguous_as(k_in, dtype), v = contiguous_as(v_in, dtype);
   const Tensor y = contiguous_as(y_in, dtype), lse = contiguous_as(lse_in, scalar);
   const Tensor states = contiguous_as(states_in, scalar);
-  std::optional<Tensor> grad_y, grad_lse;
-  if (grad_y_in.has_value()) grad_y = contiguous_as(*grad_y_in, dtype);
-  if (grad_lse_in.has_value()) grad_lse = contiguous_as(*grad_lse_in, scalar);
+  const std::optional<Tensor> grad_y = contiguous_as(grad_y_in, dtype), grad_lse = contiguous_as(grad_lse_in, scalar);
   Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);
   Tensor grad_v = torch::stable::empty_like(v);
   const Valid valid(mask, shape.batch, shape.n);
@@ -131,10 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> random_walk_backward(const std::optional<Tens
       run<E>(walk_input<E>(q, k, valid, scale, restart), out);
     });
   }
-  const auto back = [](const Tensor& x, const Tensor& as) {
-    return x.scalar_type() == as.scalar_type() ? x : torch::stable::to(x, as.scalar_type());
-  };
-  return {back(grad_q, q_in), back(grad_k, k_in), back(grad_v, v_in)};
+  return {cast_to(grad_q, q_in.scalar_type()), cast_to(grad_k, k_in.scalar_type()),
+          cast_to(grad_v, v_in.scalar_type())};
 }
 
 }  // namespace

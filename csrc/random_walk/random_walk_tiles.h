@@ -132,13 +132,6 @@ void walk_forward(const WalkInput<typename En::Element, typename En::Scalar>& in
 
 // ---- Backward: a task owns a group of keys and walks over all queries
 
-// Groups of key tiles: each has its own sum of dQ, added up in order afterwards. Their number depends on the shapes
-// only, not on the threads, and bounds the memory for these sums.
-inline int64_t key_groups(int64_t batch, int64_t n, int64_t d, int64_t tiles, int64_t scalar_size) {
-  const int64_t budget = int64_t{32} << 20;
-  return std::clamp<int64_t>(budget / std::max<int64_t>(1, batch * n * d * scalar_size), 1, std::max<int64_t>(1, tiles));
-}
-
 template <class En>
 struct WalkBackwardState {
   using S = typename En::Scalar;
@@ -178,8 +171,6 @@ struct WalkStepBackward {
   Matrix<const E> g;         // gradient of Y_{i+1}, or null
   const S *lse, *delta;      // [B, N]; delta = move <g, P x> - gradient of lse
   bool first, last;          // of the steps as they are processed
-  int64_t groups, padded;    // sums of dQ, and rows of each
-  S* dq;                     // [B, groups, padded, round_up(d)]
   Matrix<E> grad_k, grad_v;
   Matrix<S> grad_k_sum, grad_v_sum, next_g;  // with more than one step
 };
@@ -269,21 +260,15 @@ void walk_backward(const WalkInput<typename En::Element, typename En::Scalar>& i
   const int64_t d = in.q.width, width = out.states[0].width;
   const int64_t steps = static_cast<int64_t>(out.states.size()) - 1;
   const int64_t key_tile = width > 512 ? En::kKeyTile / 2 : En::kKeyTile;
-  const int64_t tiles = (in.n + key_tile - 1) / key_tile, d_padded = round_up(d, En::kPanel);
-  const int64_t groups = key_groups(in.batch, in.n, d_padded, tiles, sizeof(S));
-  const int64_t padded = round_up(in.n, En::kRowTile);
-  Buffer<S> dq(in.batch * groups * padded * d_padded), delta(in.batch * in.n);
+  const GroupSums<S> dq(*in.valid, in.batch, in.n, round_up(d, En::kPanel), key_tile, En::kRowTile);
+  Buffer<S> delta(in.batch * in.n);
   struct Nothing {};
   constexpr int64_t kRows = 64;
   const int64_t row_blocks = (in.n + kRows - 1) / kRows;
-  const auto groups_of = [&](int64_t count) { return std::min(groups, (count + key_tile - 1) / key_tile); };
 
   WalkStepBackward<E, S> step{};
   step.lse = out.lse;
   step.delta = delta;
-  step.groups = groups;
-  step.padded = padded;
-  step.dq = dq;
   step.start = out.states[0];
   step.grad_k = out.grad_k;
   step.grad_v = out.grad_v;
@@ -310,39 +295,25 @@ void walk_backward(const WalkInput<typename En::Element, typename En::Scalar>& i
           const E* v = step.start.rows(b, at)[r];
           // move <g, P x> = <g, y - (1 - move) v>
           const S back = 1 - in.move;
-          for (int64_t c = 0; c < width; ++c) sum += widen(g[c]) * (widen(y[c]) - (back == 0 ? S{0} : back * widen(v[c])));
+          S part[8] = {};
+          for (int64_t c = 0; c < width; ++c) {
+            part[c % 8] += widen(g[c]) * (back == 0 ? widen(y[c]) : widen(y[c]) - back * widen(v[c]));
+          }
+          for (const S x : part) sum += x;
         }
         const int64_t position = b * in.n + at[r];
         if (step.first && out.grad_lse != nullptr) sum -= out.grad_lse[position];
         delta[position] = sum;
       }
     });
-    for_each<WalkBackwardState<En>>(in.batch * groups, [&](WalkBackwardState<En>& state, int64_t task) {
-      const int64_t b = task / groups, group = task % groups, count = (*in.valid)[b].count;
-      const int64_t used = groups_of(count), here = (count + key_tile - 1) / key_tile;
-      if (group >= used) return;
+    for_each<WalkBackwardState<En>>(dq.tasks(), [&](WalkBackwardState<En>& state, int64_t task) {
       state.reserve(key_tile, d, width);
-      const int64_t begin = group * here / used, end = (group + 1) * here / used;
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t first = tile * key_tile;
-        walk_backward_tile<En>(state, in, step, b, first, std::min(key_tile, count - first),
-                               dq + task * padded * d_padded, tile > begin || !step.first);
-      }
+      dq.for_each_tile(task, [&](int64_t first, int64_t n, bool first_tile) {
+        walk_backward_tile<En>(state, in, step, dq.batch_of(task), first, n, dq.sum(task), !(first_tile && step.first));
+      });
     });
     if (!step.g) break;  // the gradient of lse alone takes no further step
     if constexpr (std::is_same_v<E, S>) step.g = {out.carry[i % 2].data, in.n, width};
   }
-  for_each<Nothing>(in.batch * row_blocks, [&](Nothing&, int64_t task) {
-    const int64_t b = task / row_blocks, begin = task % row_blocks * kRows;
-    const Positions at = (*in.valid)[b];
-    const int64_t used = groups_of(at.count);
-    for (int64_t r = begin; r < std::min(begin + kRows, at.count); ++r) {
-      E* to = out.grad_q.rows(b, at)[r];
-      for (int64_t c = 0; c < d; ++c) {
-        S sum = 0;
-        for (int64_t g = 0; g < used; ++g) sum += dq[((b * groups + g) * padded + r) * d_padded + c];
-        to[c] = narrow_to<E>(in.scale * sum);
-      }
-    }
-  });
+  dq.write(out.grad_q, in.scale);
 }
