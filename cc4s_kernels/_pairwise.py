@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cc4s_kernels import _library
+
+# exp of float32 as the kernels compute it (csrc/common/tile_engine.h), for its test.
+_library.LIBRARY.define("tile_exp(Tensor x) -> Tensor")
+
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 1024
 

@@ -100,16 +100,8 @@ void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t 
   // One pointer for three rows: pointers to all 14 do not fit the integer registers.
   constexpr int kBases = (R + 2) / 3;
   V left[R], right[R];
-  if (add) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      left[r] = load(c + r * ldc);
-      right[r] = load(c + r * ldc + W);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
-  }
+  for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
   const S* base[kBases];
 #pragma GCC unroll 8
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * row;
@@ -124,6 +116,14 @@ void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t 
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] += column;
     b += 2 * W;
+  }
+  // C comes last: sums of sums round less than one long chain.
+  if (add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      left[r] += load(c + r * ldc);
+      right[r] += load(c + r * ldc + W);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
