@@ -92,9 +92,15 @@ CC4S_INLINE Simd<double>::Vec vexp(Simd<double>::Vec x) {
 
 // ---- Products
 
+template <class S>
+constexpr int64_t kAhead = 2 * kLanes<S> / 8;
+
 // c[r][0, 2 kLanes) (+)= sum_k a[r * row + k * column] * b[k][0, 2 kLanes) for R rows.
+// On the way `ahead` is fetched into the second cache, kAhead elements per k: a share of the next panel, which the
+// first block of rows would otherwise wait for.
 template <int R, class S>
-void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t k, S* c, int64_t ldc, bool add) {
+void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t k, S* c, int64_t ldc, bool add,
+                   const S* ahead) {
   using V = typename Simd<S>::Vec;
   constexpr int W = kLanes<S>;
   // One pointer for three rows: pointers to all 14 do not fit the integer registers.
@@ -107,6 +113,8 @@ void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t 
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * row;
   for (int64_t i = 0; i < k; ++i) {
     const V b0 = load(b), b1 = load(b + W);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kAhead<S>;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const V x = splat(base[r / 3][(r % 3) * row]);
@@ -134,9 +142,9 @@ void multiply_rows(const S* a, int64_t row, int64_t column, const S* b, int64_t 
 
 template <int R, class S>
 void multiply_some_rows(int rows, const S* a, int64_t row, int64_t column, const S* b, int64_t k, S* c, int64_t ldc,
-                        bool add) {
-  if (rows == R) return multiply_rows<R>(a, row, column, b, k, c, ldc, add);
-  if constexpr (R > 1) multiply_some_rows<R - 1>(rows, a, row, column, b, k, c, ldc, add);
+                        bool add, const S* ahead) {
+  if (rows == R) return multiply_rows<R>(a, row, column, b, k, c, ldc, add, ahead);
+  if constexpr (R > 1) multiply_some_rows<R - 1>(rows, a, row, column, b, k, c, ldc, add, ahead);
 }
 
 // Blocks of at most kRowsInRegisters rows; the last two share what is left, so that none is thin.
@@ -214,11 +222,13 @@ struct Plain {
   static void multiply(const Left& a, const S* b, int64_t stride, int64_t m, int64_t n, int64_t k, S* c, int64_t ldc,
                        bool add) {
     for (int64_t first = 0; first < n; first += kPanel, b += stride) {
+      const S* ahead = b + stride;
       for (int64_t i = 0; i < m;) {
         const int rows = block_rows(m - i);
         multiply_some_rows<kRowsInRegisters>(rows, a.data + i * a.row, a.row, a.column, b, k, c + i * ldc + first,
-                                             ldc, add);
+                                             ldc, add, ahead);
         i += rows;
+        ahead += k * kAhead<S>;
       }
     }
   }
