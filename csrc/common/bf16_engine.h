@@ -35,7 +35,7 @@ struct Bf16 {
   using Scalar = float;
   using Element = Half;
   static constexpr int64_t kPanel = 32;
-  static constexpr int64_t kRowTile = 128;
+  static constexpr int64_t kRowTile = 256;
   static constexpr int64_t kKeyTile = 256;
   static constexpr int64_t kSkew = 16;
   static constexpr int64_t kRowPad = 32;

@@ -196,8 +196,8 @@ template <class En>
 void matrix_backward_tile(MatrixBackwardState<En>& state,
                           const MatrixInput<typename En::Element, typename En::Scalar>& in,
                           const MatrixBackward<typename En::Element, typename En::Scalar>& out,
-                          const typename En::Scalar* delta, const typename En::Scalar* weight, int64_t b, int64_t first, int64_t n,
-                          typename En::Scalar* dq, bool add) {
+                          const typename En::Scalar* delta, const typename En::Scalar* weight, int64_t b,
+                          int64_t first, int64_t n, typename En::Scalar* dq, bool add) {
   using S = typename En::Scalar;
   using E = typename En::Element;
   using V = typename Simd<S>::Vec;

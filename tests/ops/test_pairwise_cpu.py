@@ -106,8 +106,7 @@ def test_threads_change_no_bit(dtype, op, options):
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
-        for a, e in zip((*result.outputs, *result.gradients), (*results[0].outputs, *results[0].gradients), strict=True):
-            assert torch.equal(a, e)
+        OpTester().assert_bitwise(result, results[0])
 
 
 @pytest.mark.slow

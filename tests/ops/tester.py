@@ -513,8 +513,10 @@ class OpTester:
 
     def test_opcheck(self) -> None:
         for op, args, kwargs in self.custom_op_calls():
-            for layout in (lambda t: t, strided_copy):
-                torch.library.opcheck(op, *map_tensors(layout, (args, kwargs)))
+            for layout in (torch.clone, strided_copy):
+                # Leaves again: opcheck looks at their gradients.
+                leaves = map_tensors(lambda t: layout(t.detach()).requires_grad_(t.requires_grad), (args, kwargs))  # noqa: B023
+                torch.library.opcheck(op, *leaves)
 
     def test_strict_backend(self) -> None:
         args, kwargs = self.inputs(next(iter(self.variants)), self.work_dtype)

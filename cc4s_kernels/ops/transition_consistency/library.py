@@ -58,9 +58,7 @@ def _backward(ctx: Any, grad_kl: Tensor | None, grad_trace: Tensor | None, *_: T
 torch.library.register_fake(_NAME, _fake, lib=_library.LIBRARY)
 torch.library.register_fake(f"{_NAME}_backward", _fake_backward, lib=_library.LIBRARY)
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context, lib=_library.LIBRARY)
-torch.library.register_autograd(
-    f"{_NAME}_backward", no_double_backward("transition_consistency"), lib=_library.LIBRARY
-)
+torch.library.register_autograd(f"{_NAME}_backward", no_double_backward("transition_consistency"), lib=_library.LIBRARY)
 
 
 def _cpu(
