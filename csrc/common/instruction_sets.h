@@ -15,18 +15,14 @@
 //   #endif
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
+#include "common/isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CC4S_X86 1
+#if CC4S_X86
 // GCC 12 takes the "undefined" vectors of its own intrinsics for a mistake.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
-#else
-#define CC4S_X86 0
 #endif
 
 #define CC4S_PRAGMA(text) _Pragma(#text)
@@ -39,26 +35,11 @@ namespace cc4s {
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
-// The widest one of this processor; CC4S_KERNELS_CPU=portable or avx2 takes a narrower one (for tests).
+// The widest of these that `current_isa` allows.
 inline InstructionSet instruction_set() {
-#if CC4S_X86
-  static const InstructionSet widest = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return InstructionSet::kAvx512;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? InstructionSet::kAvx2
-                                                                           : InstructionSet::kPortable;
-  }();
-  const char* wish = std::getenv("CC4S_KERNELS_CPU");
-  if (wish != nullptr && std::strcmp(wish, "portable") == 0) return InstructionSet::kPortable;
-  if (wish != nullptr && std::strcmp(wish, "avx2") == 0 && widest == InstructionSet::kAvx512) {
-    return InstructionSet::kAvx2;
-  }
-  return widest;
-#else
-  return InstructionSet::kPortable;
-#endif
+  const Isa isa = current_isa();
+  if (isa >= Isa::avx512) return InstructionSet::kAvx512;
+  return isa == Isa::avx2 ? InstructionSet::kAvx2 : InstructionSet::kPortable;
 }
 
 }  // namespace cc4s

@@ -67,6 +67,17 @@ class TestRandomWalk(OpTester):
 
     naive = staticmethod(naive_random_walk)
 
+    def custom_op_calls(self):
+        (q, k, v), kwargs = self.make_inputs(torch.float32, "cpu", 7, 1)
+        mask, options = kwargs.get("mask"), (0.5, 3, 0.25)
+        saved = (t.detach() for t in torch.ops.cc4s_kernels.random_walk(q, k, v, mask, *options))
+        backward = (torch.ones(2, 7, 3), None, q, k, v, *saved, mask, *options)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        return [
+            (torch.ops.cc4s_kernels.random_walk.default, (*leaves, mask, *options), {}),
+            (torch.ops.cc4s_kernels.random_walk_backward.default, backward, {}),
+        ]
+
 
 class TestMaskedRandomWalk(TestRandomWalk):
     def make_inputs(self, dtype, device, size, seed):

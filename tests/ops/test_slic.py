@@ -399,7 +399,7 @@ def test_every_number_of_threads_gives_the_same() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("width", [3, 5, 13, 16, 61])
 def test_every_instruction_set_gives_the_same(monkeypatch: pytest.MonkeyPatch, instructions: str, width: int) -> None:
     """Widths below, at and beside those of the vectors; instructions that the processor lacks fall back."""

@@ -55,6 +55,18 @@ class TestTransitionConsistency(OpTester):
 
     naive = staticmethod(naive_consistency)
 
+    def custom_op_calls(self):
+        args, kwargs = self.make_inputs(torch.float32, "cpu", 7, 1)
+        q, k, q_target, k_target = args
+        mask = kwargs.get("mask")
+        saved = torch.ops.cc4s_kernels.transition_consistency(*args, mask, 0.5)[3:]
+        leaves = (q.clone().requires_grad_(), k.clone().requires_grad_(), q_target, k_target)
+        backward = (torch.ones(2, 7), torch.ones(2), *args, *saved, mask, 0.5)
+        return [
+            (torch.ops.cc4s_kernels.transition_consistency.default, (*leaves, mask, 0.5), {}),
+            (torch.ops.cc4s_kernels.transition_consistency_backward.default, backward, {}),
+        ]
+
 
 class TestMaskedTransitionConsistency(TestTransitionConsistency):
     def make_inputs(self, dtype, device, size, seed):

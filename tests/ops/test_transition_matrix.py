@@ -45,6 +45,18 @@ class TestTransitionMatrix(OpTester):
 
     naive = staticmethod(naive_transition_matrix)
 
+    def custom_op_calls(self):
+        (q, k), _ = self.make_inputs(torch.float32, "cpu", 7, 1)
+        calls = []
+        for normalize in range(3):
+            matrix, lse = torch.ops.cc4s_kernels.transition_matrix(q, k, 0.5, normalize)
+            leaves = (q.clone().requires_grad_(), k.clone().requires_grad_())
+            calls += [
+                (torch.ops.cc4s_kernels.transition_matrix.default, (*leaves, 0.5, normalize), {}),
+                (torch.ops.cc4s_kernels.transition_matrix_backward.default, (matrix, q, k, lse, 0.5, normalize), {}),
+            ]
+        return calls
+
 
 def queries_and_keys(*leading, size=13):
     q = randn(*leading, size, 4, dtype=torch.float64, device="cpu", seed=1)

@@ -552,12 +552,11 @@ class OpTester:
                 assert_matches("output", a, e, atol=bound, rtol=bound)
 
     def test_opcheck(self) -> None:
-        def strided_leaf(tensor: Tensor) -> Tensor:
-            return strided_copy(tensor.detach()).requires_grad_(tensor.requires_grad)
-
         for op, args, kwargs in self.custom_op_calls():
-            for layout in (lambda t: t, strided_leaf):
-                torch.library.opcheck(op, *map_tensors(layout, (args, kwargs)))
+            for layout in (torch.clone, strided_copy):
+                # Leaves again: opcheck looks at their gradients.
+                leaves = map_tensors(lambda t: layout(t.detach()).requires_grad_(t.requires_grad), (args, kwargs))  # noqa: B023
+                torch.library.opcheck(op, *leaves)
 
     def test_opcheck_of_kernels(self, backend: str, variant: str, device: str) -> None:
         """Every torch op that a call and its gradient go through."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import _library, _triton, backends
+from cc4s_kernels.ops.random_walk import cpu as cpu
 from cc4s_kernels.ops.random_walk import reference
 
 backends.register("random_walk", "reference", reference.random_walk)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import _library, _triton, backends
+from cc4s_kernels.ops.transition_consistency import cpu as cpu
 from cc4s_kernels.ops.transition_consistency import reference
 from cc4s_kernels.ops.transition_consistency.reference import TransitionConsistency
 

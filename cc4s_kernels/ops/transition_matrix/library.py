@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import _library, _triton, backends
+from cc4s_kernels.ops.transition_matrix import cpu as cpu
 from cc4s_kernels.ops.transition_matrix import reference
 
 backends.register("transition_matrix", "reference", reference.transition_matrix)

@@ -73,19 +73,13 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return gradient, *nothing
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
-    raise RuntimeError(
-        "upsample_losses: this backend has no second derivative; run the forward pass under use_backend('reference')"
-    )
-
-
 for _name, _shapes in (("upsample_losses", _fake), ("upsample_losses_backward", _fake_backward)):
     torch.library.register_fake(f"{_library.NAMESPACE}::{_name}", _shapes, lib=_library.LIBRARY)
 torch.library.register_autograd(
     f"{_library.NAMESPACE}::upsample_losses", _backward, setup_context=_setup_context, lib=_library.LIBRARY
 )
 torch.library.register_autograd(
-    f"{_library.NAMESPACE}::upsample_losses_backward", _no_second_derivative, lib=_library.LIBRARY
+    f"{_library.NAMESPACE}::upsample_losses_backward", _library.no_second_derivative("cpu"), lib=_library.LIBRARY
 )
 
 
