@@ -94,9 +94,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(HOPPER, ("half",), 256, ANY, Config(64, 64, 128, 4, 2)),
         Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 128, 4, 2)),
         Row(AMPERE, ("half",), 256, ANY, Config(64, 64, 64, 4, 2)),
-        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 64, 4, 2)),
+        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 64, 8, 2)),
         Row(ALL, ("tf32",), 256, ANY, Config(64, 32, 32, 4, 2)),
-        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 64, 4, 2)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
     ),
     "consistency_scores": (
@@ -106,9 +105,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(HOPPER, ("half",), 256, ANY, Config(64, 32, 0, 8, 2)),
         Row(AMPERE, ("half",), 128, ANY, Config(64, 32, 0, 4, 2)),
         Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
-        Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 0, 4, 2)),
+        Row(ALL, ("tf32",), 64, ANY, Config(32, 32, 0, 8, 1)),
         Row(ALL, ("tf32",), 256, ANY, Config(16, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 64, ANY, Config(32, 32, 0, 4, 2)),
         Row(ALL, ("float32",), 128, ANY, Config(16, 32, 0, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 0, 4, 1)),
     ),
@@ -132,7 +130,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 256, 4, 2)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 256, 8, 1)),
         Row(ALL, ("float32",), 64, ANY, Config(32, 32, 256, 4, 2)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 256, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
     ),
     # Two products to a score.
     "matrix_symmetric": (
