@@ -30,6 +30,13 @@ def _load_extension() -> str | None:
 # In csrc/common/value_range_cpu.cpp: see `_validation.value_range`.
 LIBRARY.define("value_range(Tensor values, int? skip) -> Tensor")
 
+
+def _value_range_fake(values: torch.Tensor, skip: int | None) -> torch.Tensor:
+    return values.new_empty(2, dtype=torch.float64 if values.is_floating_point() else torch.int64)
+
+
+torch.library.register_fake(f"{NAMESPACE}::value_range", _value_range_fake, lib=LIBRARY)
+
 EXTENSION_ERROR: str | None = _load_extension()
 
 

@@ -115,7 +115,8 @@ def value_range(tensor: Tensor, *, skip: int | None = None) -> tuple[float, floa
     ):
         low, high = torch.ops.cc4s_kernels.value_range(tensor.detach(), skip).tolist()
         return low, high
-    kept = tensor.detach() if skip is None else tensor[tensor != skip]
+    # Compared with a uint8 tensor, -1 would be 255.
+    kept = tensor.detach() if skip is None else tensor[tensor.long() != skip]
     if kept.numel() == 0:
         return 0, -1
     low, high = torch.aminmax(kept)

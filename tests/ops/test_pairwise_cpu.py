@@ -160,17 +160,6 @@ def test_gradient_of_one_output_of_the_consistency(output):
     assert_near_reference((lambda *a, **o: getattr(function(*a, **o), output), args, kwargs, count))
 
 
-@pytest.mark.parametrize(("op", "options"), CASES, ids=[f"{op}-{'-'.join(o)}" for op, o in CASES])
-def test_double_backward_names_the_reference(op, options):
-    function, args, kwargs, _ = draw_call(op, 300, 4, 4, torch.float32, **options)
-    q = args[0].requires_grad_()
-    with ck.use_backend("cpu"):
-        output = tensors(function(*args, **kwargs))[0]
-        (gradient,) = torch.autograd.grad(output.square().sum(), q, create_graph=True)
-        with pytest.raises(RuntimeError, match=f"{op}: .*no double backward.*reference"):
-            torch.autograd.grad(gradient.sum(), q)
-
-
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 def test_exp_is_good_to_two_ulp(instructions, monkeypatch):
     monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)

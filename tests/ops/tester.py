@@ -368,9 +368,10 @@ class OpTester:
         # One rounding of the largest entry: eager may be exact by luck.
         floor = 2 * eps(got.dtype) * float(_wide(truth).abs().max()) + self.noise
         assert mine.worst <= 2 * theirs.worst + floor, f"{name}: {mine}; eager: {theirs}"
-        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype) + self.noise, (
-            f"{name}: {mine}; eager: {theirs}"
-        )
+        if float(_wide(truth).norm()) <= self.noise * truth.numel() ** 0.5:
+            # Zero but for rounding: nothing to be relative to.
+            return
+        assert mine.relative_l2 <= 2 * theirs.relative_l2 + 2 * eps(got.dtype), f"{name}: {mine}; eager: {theirs}"
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
@@ -564,6 +565,9 @@ class OpTester:
         with ck.use_backend(backend), _OpCalls() as found:
             self.run(args, kwargs)
         for op, op_args, op_kwargs in found.calls:
+            if self.op_name not in op.name():
+                # A helper of the argument checks: it sees what the checks let it see.
+                continue
             # Second derivatives are refused.
             first = self.differentiable and not op.name().endswith("_backward")
             for layout in (torch.clone, strided_copy):
