@@ -209,6 +209,9 @@ class PseudoConfig:
     # Least mean probability of a label; below it the pixel is ignored.
     threshold: float = 0.8
     crf: bool = False
+    # Retraining starts from the backbone's weights, as in the paper. False goes on from the stage before: for
+    # backbones without pretrained weights, which would have to learn everything again.
+    fresh_start: bool = True
 
 
 @dataclass
@@ -334,6 +337,10 @@ def load_config(recipe: str, overrides: list[str] | None = None, **fixed: Any) -
     for key, value in words:
         config = _override(config, key, value)
     resolved: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+    if not resolved.pseudo.fresh_start:
+        for before, stage in zip(resolved.stages, resolved.stages[1:], strict=False):
+            if stage.labels == "pseudo" and stage.init == "backbone":
+                stage.init = before.name
     validate(resolved)
     return resolved
 

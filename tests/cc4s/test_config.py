@@ -70,6 +70,12 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert [stage.name for stage in load_config(str(recipe)).stages] == ["only"]
 
 
+def test_retraining_without_pretrained_weights_goes_on() -> None:
+    fresh, on = load_config("synthetic", ["pseudo.fresh_start=true"]), load_config("synthetic")
+    assert [stage.init for stage in fresh.stages] == ["backbone", "ur", "backbone", "ur2"]
+    assert [stage.init for stage in on.stages] == ["backbone", "ur", "ss", "ur2"]
+
+
 def test_override_leaves_the_original_alone() -> None:
     config = Config(stages=load_config("folder").stages)
     changed = override(config, ["inference.flip=true", "inference.scales=[0.5,1]"])
