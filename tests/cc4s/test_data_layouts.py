@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -314,11 +315,13 @@ def test_wrong_channels(tmp_path):
         open_and_check(config(root))
 
 
-def test_progress_bars_do_not_change_anything(tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_and_short_work_is_silent_elsewhere(tmp_path, capsys, monkeypatch, terminal):
     root = make_folder(tmp_path / "d")
     dataset = open_dataset(config(root), seed=0, work=None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     check_dataset(dataset, config(root), labels=True, progress=True)
-    assert "checking data" in capsys.readouterr().err
+    assert ("checking data" in capsys.readouterr().err) == terminal
 
 
 XML = """<annotation><filename>x1.jpg</filename>
