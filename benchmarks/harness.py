@@ -11,12 +11,12 @@ import gc
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,9 +201,16 @@ def own_peak_memory(op: str, provider: str, case: Case) -> float:
     made.make(tiny, device)()
     run = made.make(case, device)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The high-water mark is reset: a child process starts with that of its parent.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water_mb()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _high_water_mb() - before
+
+
+def _high_water_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def run_case(
