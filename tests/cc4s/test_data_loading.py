@@ -283,9 +283,6 @@ def test_superpixels_come_from_the_crop(opened, monkeypatch):
 
 
 def test_real_superpixels(opened):
-    kernels = importlib.import_module("cc4s_kernels")
-    if not hasattr(kernels, "slic"):
-        pytest.skip("cc4s_kernels.slic is not there")
     items = training(opened, replace(PLAIN, crop=60), superpixels=40)
     ids = items[0, 0]["superpixels"]
     assert ids.shape == (60, 60)
