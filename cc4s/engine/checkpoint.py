@@ -32,7 +32,11 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, holding pickled code, or not a cc4s checkpoint.
     """
-    content = read_torch_file(path)
+    return _ours(read_torch_file(path), path)
+
+
+def _ours(content: Any, path: Path) -> dict[str, Any]:
+    """What was read from `path`, if it is a checkpoint of cc4s."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of cc4s (expected format {FORMAT})")
     return content
@@ -78,8 +82,9 @@ def load_trained(
         UserError: see `load` and `load_weights`; bad overrides.
     """
     path, words = Path(path), list(overrides or [])
-    if not is_released_checkpoint(path):
-        content = load(path)
+    stored = read_torch_file(path)
+    if not (isinstance(stored, dict) and is_released_checkpoint(stored)):
+        content = _ours(stored, path)
         config = configuration.from_dict(content["config"], f"checkpoint {path}")
         if data is not None:
             config.data.root = data

@@ -11,6 +11,7 @@ from cc4s.models.dropout import Dropout2d
 from cc4s.models.norm import BatchNorm2d
 from cc4s.models.resnet import Norm, initialize
 from cc4s_kernels.nn import RandomWalk2d
+from cc4s_kernels.nn.random_walk import nearest_cells
 
 
 class SegmenterOutput(NamedTuple):
@@ -149,13 +150,8 @@ def cell_mask(mask: Tensor, height: int, width: int) -> Tensor:
     Returns:
         (B, h, w) bool.
     """
-
-    def positions(cells: int, pixels: int) -> Tensor:
-        index = torch.arange(cells, device=mask.device)
-        return (2 * index * (pixels - 1) + (cells - 1)) // (2 * max(cells - 1, 1))
-
-    rows = positions(height, mask.shape[1])
-    columns = positions(width, mask.shape[2])
+    rows = nearest_cells(mask.shape[1], height, mask.device)
+    columns = nearest_cells(mask.shape[2], width, mask.device)
     return mask[:, rows[:, None], columns[None, :]]
 
 

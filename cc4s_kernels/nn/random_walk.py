@@ -48,7 +48,7 @@ class RandomWalk2d(nn.Module):
         """The mask (B, h', w') of the positions of `grid`, from the mask (B, h, w) of the feature map."""
         height, width = mask.shape[1:]
         rows, columns = self.grid(height, width)
-        return mask[:, _nearest(height, rows, mask.device)][:, :, _nearest(width, columns, mask.device)]
+        return mask[:, nearest_cells(height, rows, mask.device)][:, :, nearest_cells(width, columns, mask.device)]
 
     @overload
     def forward(self, x: Tensor, mask: Tensor | None = None, return_qk: Literal[False] = False) -> Tensor: ...
@@ -104,7 +104,7 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).mT
 
 
-def _nearest(size: int, samples: int, device: torch.device) -> Tensor:
+def nearest_cells(size: int, samples: int, device: torch.device) -> Tensor:
     """Of `size` cells, those nearest to `samples` positions from the first cell to the last; ties go up."""
     last = max(samples - 1, 1)
     return (2 * torch.arange(samples, device=device) * (size - 1) + last) // (2 * last)
