@@ -103,15 +103,12 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     # Float32: differences of near-equal matrices lose three digits. Half precision: scores of rounded products.
     tolerance = 1e-3 if case.dtype == "float32" else 5e-2
     made = [Provider("eager, index flip", run_of(eager)), Provider("released, dense flip", run_of(released))]
-    if case.size["N"] > 8000:
-        # 2 N^3 products with a permutation: 35 TFLOP at N = 16,384.
-        made.pop()
     made.append(Provider("compiled eager", run_of(compiled(eager)), "eager, index flip", tolerance))
     for name in ck.backends.available(OP):
         if name == "reference":
             continue
         made.append(Provider(f"cc4s {name}", run_of(ours(name, "clean")), "eager, index flip", tolerance))
-        if case.dtype == "float32" and len(made) and any(p.name.startswith("released") for p in made):
+        if case.dtype == "float32":
             made.append(
                 Provider(
                     f"cc4s {name}, released preset",

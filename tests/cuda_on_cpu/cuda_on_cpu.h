@@ -1,0 +1,376 @@
+// Runs CUDA device code on a CPU, for tests of its logic: one block at a time, one fiber per thread.
+//
+// Force-included before a `.cuh` (g++ -include). Barriers and warp collectives switch fibers; what a lane of a mask or a
+// thread of a block never reaches ends the process with a message. `Launcher` starts kernels in the place of <<<>>>.
+// With a seed, blocks and threads run in a random order, and a thread may be interrupted at each atomic: a missing
+// barrier or an order that matters shows as a result that changes with the seed. What it cannot show: races of plain
+// loads and stores, alignment, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using uint3 = dim3;
+
+struct int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace cuda_on_cpu {
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x, threadIdx.y, threadIdx.z, message);
+  std::abort();
+}
+
+enum class State { kReady, kBlockBarrier, kWarpBarrier, kDone };
+
+struct Fiber {
+  static constexpr size_t kStack = 64 * 1024;
+
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state = State::kDone;
+  unsigned mask = 0;        // lanes that this one waits for
+  uint64_t values[2] = {};  // what it gives to a collective, and to the one before
+  unsigned collectives = 0;
+  int vote = 0;  // what it gives to a block barrier
+};
+
+// The block that runs. Threads are numbered x first.
+class Block {
+ public:
+  void run(dim3 shape, const std::function<void()>& body, std::mt19937* random) {
+    shape_ = shape;
+    count_ = shape.x * shape.y * shape.z;
+    body_ = &body;
+    random_ = random;
+    while (fibers_.size() < count_) fibers_.push_back(std::make_unique<Fiber>());
+    order_.resize(count_);
+    std::iota(order_.begin(), order_.end(), 0u);
+    for (unsigned i = 0; i < count_; ++i) {
+      Fiber& fiber = *fibers_[i];
+      fiber.state = State::kReady;
+      fiber.collectives = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = Fiber::kStack;
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    schedule();
+  }
+
+  // __syncthreads, and the number of threads whose vote is not 0.
+  int block_barrier(int vote) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.vote = vote;
+    fiber.state = State::kBlockBarrier;
+    leave();
+    return votes_;
+  }
+
+  // Waits for the lanes of `mask`; then `lane_value` reads what each gave.
+  void warp_barrier(unsigned mask, uint64_t value) {
+    if ((mask >> lane() & 1u) == 0) fail("a lane calls a collective whose mask does not name it");
+    Fiber& fiber = *fibers_[current_];
+    fiber.values[++fiber.collectives & 1] = value;
+    fiber.mask = mask;
+    fiber.state = State::kWarpBarrier;
+    leave();
+  }
+  uint64_t lane_value(unsigned lane) const {
+    const Fiber& mine = *fibers_[current_];
+    if ((mine.mask >> lane & 1u) == 0) return mine.values[mine.collectives & 1];
+    const Fiber& other = *fibers_[current_ / 32 * 32 + lane];
+    // One that has gone on to the next collective has this one's value in the other place.
+    return other.values[(last_[current_ / 32 * 32 + lane]) & 1];
+  }
+  unsigned lane() const { return current_ % 32; }
+
+  // At an atomic: lets others go first now and then.
+  void interrupt() {
+    if (random_ != nullptr && (*random_)() % 4 == 0) leave();
+  }
+
+ private:
+  static void enter();
+
+  void leave() {
+    Fiber& fiber = *fibers_[current_];
+    swapcontext(&fiber.context, &scheduler_);
+  }
+
+  void schedule() {
+    for (;;) {
+      if (random_ != nullptr) std::shuffle(order_.begin(), order_.end(), *random_);
+      bool ran = false;
+      for (const unsigned i : order_) {
+        if (fibers_[i]->state != State::kReady) continue;
+        ran = true;
+        resume(i);
+      }
+      const bool warps = release_warps();
+      if (ran || warps) continue;
+      if (!release_block()) return;
+    }
+  }
+
+  void resume(unsigned i) {
+    current_ = i;
+    threadIdx = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
+    swapcontext(&scheduler_, &fibers_[i]->context);
+  }
+
+  bool release_warps() {
+    bool any = false;
+    for (unsigned i = 0; i < count_; ++i) {
+      if (fibers_[i]->state != State::kWarpBarrier) continue;
+      const unsigned mask = fibers_[i]->mask, first = i / 32 * 32;
+      bool all = true;
+      for (unsigned lane = 0; lane < 32; ++lane) {
+        if ((mask >> lane & 1u) == 0) continue;
+        current_ = i;
+        if (first + lane >= count_) fail("a mask names a lane that the block does not have");
+        const Fiber& other = *fibers_[first + lane];
+        if (other.state == State::kDone) fail("a mask names a lane that has ended");
+        all = all && other.state == State::kWarpBarrier && other.mask == mask;
+      }
+      if (!all) continue;
+      any = true;
+      last_.resize(fibers_.size());
+      for (unsigned lane = 0; lane < 32; ++lane) {
+        if ((mask >> lane & 1u) == 0) continue;
+        fibers_[first + lane]->state = State::kReady;
+        last_[first + lane] = fibers_[first + lane]->collectives;
+      }
+    }
+    return any;
+  }
+
+  // False where all threads have ended.
+  bool release_block() {
+    unsigned waiting = 0, live = 0;
+    votes_ = 0;
+    for (unsigned i = 0; i < count_; ++i) {
+      const Fiber& fiber = *fibers_[i];
+      live += fiber.state != State::kDone;
+      waiting += fiber.state == State::kBlockBarrier;
+      votes_ += fiber.state == State::kBlockBarrier && fiber.vote != 0;
+      if (fiber.state == State::kWarpBarrier) {
+        current_ = i;
+        fail("a lane waits in a collective that the others of its mask do not reach");
+      }
+    }
+    for (unsigned i = 0; i < count_; ++i) {
+      if (fibers_[i]->state == State::kBlockBarrier) fibers_[i]->state = State::kReady;
+    }
+    return live > 0 && waiting == live;
+  }
+
+  dim3 shape_;
+  unsigned count_ = 0, current_ = 0;
+  int votes_ = 0;
+  const std::function<void()>* body_ = nullptr;
+  std::mt19937* random_ = nullptr;
+  ucontext_t scheduler_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<unsigned> order_, last_;
+};
+
+inline Block block;
+
+inline void Block::enter() {
+  (*block.body_)();
+  block.fibers_[block.current_]->state = State::kDone;
+}
+
+// Starts kernels. seed 0: in ascending order; otherwise in an order drawn from it.
+class Launcher {
+ public:
+  explicit Launcher(unsigned seed = 0) : seed_(seed), random_(seed) {}
+
+  template <class... Parameters, class... Arguments>
+  void operator()(dim3 grid, dim3 threads, void (*kernel)(Parameters...), Arguments... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("an empty grid");
+    if (threads.x * threads.y * threads.z > 1024 || threads.x * threads.y * threads.z == 0) fail("a block of this size");
+    if (grid.y > 65535 || grid.z > 65535) fail("a grid of this size");
+    gridDim = grid;
+    blockDim = threads;
+    std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
+    std::iota(blocks.begin(), blocks.end(), uint64_t{0});
+    if (seed_ != 0) std::shuffle(blocks.begin(), blocks.end(), random_);
+    const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+    for (const uint64_t i : blocks) {
+      blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                  static_cast<unsigned>(i / grid.x / grid.y)};
+      block.run(threads, body, seed_ == 0 ? nullptr : &random_);
+    }
+  }
+
+ private:
+  unsigned seed_;
+  std::mt19937 random_;
+};
+
+template <class T>
+uint64_t bits(T value) {
+  static_assert(sizeof(T) <= 8, "collectives take up to 8 bytes");
+  uint64_t out = 0;
+  std::memcpy(&out, &value, sizeof(T));
+  return out;
+}
+template <class T>
+T from_bits(uint64_t value) {
+  T out;
+  std::memcpy(&out, &value, sizeof(T));
+  return out;
+}
+
+template <class T, class Function>
+T reduce(unsigned mask, T value, Function function) {
+  block.warp_barrier(mask, bits(value));
+  bool first = true;
+  T out{};
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
+    const T other = from_bits<T>(block.lane_value(lane));
+    out = first ? other : function(out, other);
+    first = false;
+  }
+  return out;
+}
+
+template <class T, class Function>
+T update(T* address, Function function) {
+  block.interrupt();
+  const T old = *address;
+  *address = function(old);
+  return old;
+}
+
+}  // namespace cuda_on_cpu
+
+// Barriers and fences.
+inline void __syncthreads() { cuda_on_cpu::block.block_barrier(0); }
+inline int __syncthreads_or(int vote) { return cuda_on_cpu::block.block_barrier(vote) > 0; }
+inline int __syncthreads_count(int vote) { return cuda_on_cpu::block.block_barrier(vote); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::block.warp_barrier(mask, 0); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+// Warp collectives.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  cuda_on_cpu::block.warp_barrier(mask, cuda_on_cpu::bits(value));
+  const unsigned own = cuda_on_cpu::block.lane();
+  return cuda_on_cpu::from_bits<T>(cuda_on_cpu::block.lane_value(own / width * width + lane % width));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+  cuda_on_cpu::block.warp_barrier(mask, cuda_on_cpu::bits(value));
+  const unsigned own = cuda_on_cpu::block.lane(), from = own ^ static_cast<unsigned>(lanes);
+  return cuda_on_cpu::from_bits<T>(cuda_on_cpu::block.lane_value(from / width == own / width ? from : own));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  cuda_on_cpu::block.warp_barrier(mask, cuda_on_cpu::bits(value));
+  const unsigned own = cuda_on_cpu::block.lane();
+  return cuda_on_cpu::from_bits<T>(cuda_on_cpu::block.lane_value(own % width >= delta ? own - delta : own));
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  cuda_on_cpu::block.warp_barrier(mask, cuda_on_cpu::bits(value));
+  const unsigned own = cuda_on_cpu::block.lane();
+  return cuda_on_cpu::from_bits<T>(cuda_on_cpu::block.lane_value(own % width + delta < unsigned(width) ? own + delta : own));
+}
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+  const unsigned bit = vote != 0 ? 1u << cuda_on_cpu::block.lane() : 0u;
+  return cuda_on_cpu::reduce(mask, bit, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  cuda_on_cpu::block.warp_barrier(mask, cuda_on_cpu::bits(value));
+  unsigned same = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0 && cuda_on_cpu::block.lane_value(lane) == cuda_on_cpu::bits(value)) same |= 1u << lane;
+  }
+  return same;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return cuda_on_cpu::reduce(mask, value, [](T a, T b) { return a + b; });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return cuda_on_cpu::reduce(mask, value, [](T a, T b) { return a < b ? a : b; });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return cuda_on_cpu::reduce(mask, value, [](T a, T b) { return a < b ? b : a; });
+}
+
+// Atomics. The types are those that the device has.
+#define CUDA_ON_CPU_ATOMIC(type)                                                                                     \
+  inline type atomicAdd(type* at, type by) { return cuda_on_cpu::update(at, [=](type old) { return old + by; }); }    \
+  inline type atomicMin(type* at, type by) { return cuda_on_cpu::update(at, [=](type old) { return old < by ? old : by; }); } \
+  inline type atomicMax(type* at, type by) { return cuda_on_cpu::update(at, [=](type old) { return old < by ? by : old; }); } \
+  inline type atomicOr(type* at, type by) { return cuda_on_cpu::update(at, [=](type old) { return old | by; }); }     \
+  inline type atomicExch(type* at, type by) { return cuda_on_cpu::update(at, [=](type) { return by; }); }             \
+  inline type atomicCAS(type* at, type expected, type by) {                                                           \
+    return cuda_on_cpu::update(at, [=](type old) { return old == expected ? by : old; });                             \
+  }
+CUDA_ON_CPU_ATOMIC(int)
+CUDA_ON_CPU_ATOMIC(unsigned)
+CUDA_ON_CPU_ATOMIC(unsigned long long)
+#undef CUDA_ON_CPU_ATOMIC
+
+// Integer and float intrinsics.
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __float2int_rz(float x) { return static_cast<int>(x); }
+using std::max;
+using std::min;
