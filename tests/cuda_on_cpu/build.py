@@ -1,7 +1,7 @@
 """Compiles CUDA device code for the CPU.
 
-`<op>_on_cpu.cpp` in this folder includes `csrc/<op>/<op>.cuh` and its `<op>_launch.h`, and has `extern "C"` functions that
-run them with `cuda_on_cpu::Launcher`; `library(op)` compiles and loads it.
+`<op>_on_cpu.cpp` in this folder includes `csrc/<op>/<op>.cuh` and its `<op>_launch.h`, and has `extern "C"` functions
+that run them with `cuda_on_cpu::Launcher`; `library(op)` compiles and loads it.
 """
 
 from __future__ import annotations
