@@ -59,6 +59,7 @@ class Provider:
     make: case and device -> what runs it once and returns outputs and gradients.
     reference: name of the provider whose results it must equal; None is not compared (it is the definition).
     tolerance: largest relative L2 error of any returned tensor, with its reason where it is made.
+    power: its time grows with N to this power; says beforehand how long a large case will take.
     """
 
     name: str
@@ -66,24 +67,25 @@ class Provider:
     reference: str | None = None
     tolerance: float = 1e-4
     note: str = ""
+    power: int = 2
 
 
 @dataclass
 class Row:
-    """One measured line."""
+    """One measured line; without times where the provider was left out, with the reason in `note`."""
 
     op: str
     size: dict[str, int]
     dtype: str
     pass_: str
     provider: str
-    median: float
-    low: float
-    high: float
+    median: float | None
+    low: float | None
+    high: float | None
     rounds: int
     memory_mb: float | None
     error: float | None
-    flop_rate: float
+    flop_rate: float | None
     roofline_share: float | None
     note: str = ""
 
@@ -139,12 +141,16 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
-    """Medians of seven runs each."""
+    """Medians of seven runs each, or of what fits into two seconds."""
     rates = Rates()
 
     def best(run: Run) -> float:
-        run()
-        return quantile([timed(run, device) for _ in range(7)], 0.5)
+        times = [timed(run, device)]
+        if times[0] < 2:
+            times = [timed(run, device)]
+        while len(times) < 7 and sum(times) < 2:
+            times.append(timed(run, device))
+        return quantile(times, 0.5)
 
     n = 2048 if device.type == "cpu" else 8192
     for dtype in dtypes:
@@ -213,67 +219,85 @@ def _high_water_mb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def expected_seconds(case: Case, provider: Provider, device: torch.device) -> float:
+    """What one call of a case with a large N will take, from a call at N = 1024; 0 for a small one."""
+    n = case.size.get("N", 0)
+    if n <= 4096:
+        return 0.0
+    small = Case(case.op, {**case.size, "N": 1024}, case.dtype, case.pass_, 0, 0, 0)
+    run = provider.make(small, device)
+    run()
+    return timed(run, device) * (n / 1024) ** provider.power
+
+
 def run_case(
-    case: Case, providers: Sequence[Provider], device: torch.device, rates: Rates, *, seconds: float, memory: bool
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    rates: Rates,
+    *,
+    seconds: float,
+    memory: bool,
+    limit: float = float("inf"),
 ) -> list[Row]:
     """Rows of one case.
 
     Args:
         case, providers: what and how. device: where. rates: for the roofline.
-        seconds: time to spend; at least three rounds are run. A provider that takes longer than this for one call
-            is timed in the first round only.
+        seconds: time to spend; at least three rounds are run. Of a provider that takes longer than this for one call
+            the first call counts, and there is no other.
         memory: measure peak memory too.
+        limit: a provider that would take longer than this for one call is left out, and its row says so.
 
     Raises:
         AssertionError: a provider's result is wrong.
     """
-    runs = {provider.name: provider.make(case, device) for provider in providers}
+    runs: dict[str, Run] = {}
     results: dict[str, list[Tensor]] = {}
-    slow = set()
-    for name, run in runs.items():
+    notes = {provider.name: provider.note for provider in providers}
+    times: dict[str, list[float]] = {}
+    for provider in providers:
+        expected = expected_seconds(case, provider, device) if limit < float("inf") else 0.0
+        if expected > limit:
+            notes[provider.name] = f"left out: about {expected:.0f} s a call"
+            continue
+        run = runs[provider.name] = provider.make(case, device)
         start = time.perf_counter()
-        results[name] = [tensor.detach() for tensor in run()]
-        if time.perf_counter() - start > seconds:
-            slow.add(name)
+        results[provider.name] = [tensor.detach() for tensor in run()]
+        first = time.perf_counter() - start
+        # Warm-up does not show in a call of that length.
+        times[provider.name] = [first] if first > max(seconds, 10) else []
     errors: dict[str, float | None] = {}
     for provider in providers:
         errors[provider.name] = None
-        if provider.reference is not None:
+        if provider.reference in results and provider.name in results:
             error = relative_error(results[provider.name], results[provider.reference])
             assert error <= provider.tolerance, f"{provider.name} on {case.title}: relative error {error:.2e}"
             errors[provider.name] = error
     del results
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    quick = [name for name in runs if not times[name]]
     start = time.perf_counter()
     rounds = 0
-    while time.perf_counter() - start < seconds or rounds < 3:
+    while quick and (time.perf_counter() - start < seconds or rounds < 3):
         rounds += 1
-        for name, run in runs.items():
-            if name not in slow or not times[name]:
-                times[name].append(timed(run, device))
+        for name in quick:
+            times[name].append(timed(runs[name], device))
     least = rates.seconds(case)
     rows = []
     for provider in providers:
-        values = times[provider.name]
-        median = quantile(values, 0.5)
-        rows.append(
-            Row(
-                case.op,
-                case.size,
-                case.dtype,
-                case.pass_,
-                provider.name,
-                median,
-                quantile(values, 0.2),
-                quantile(values, 0.8),
-                len(values),
-                round(peak_memory(case.op, provider.name, case, device), 1) if memory else None,
-                errors[provider.name],
-                case.flops / median,
-                least / median if least else None,
-                provider.note,
-            )
+        values = times.get(provider.name)
+        row = Row(
+            *(case.op, case.size, case.dtype, case.pass_, provider.name),
+            *(None, None, None, 0, None, errors[provider.name], None, None, notes[provider.name]),
         )
+        if values:
+            row.median, row.low, row.high = (quantile(values, share) for share in (0.5, 0.2, 0.8))
+            row.rounds = len(values)
+            row.flop_rate = case.flops / row.median
+            row.roofline_share = least / row.median if least else None
+            if memory:
+                row.memory_mb = round(peak_memory(case.op, provider.name, case, device), 1)
+        rows.append(row)
     return rows
 
 

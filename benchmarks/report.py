@@ -28,12 +28,16 @@ def markdown(rows: Sequence[Row]) -> str:
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for row in lines:
+            if row["median"] is None:
+                parts.append(f"| {row['provider']} | {row['note']} | | | | | | |")
+                continue
+            speedup = f"{first / row['median']:.2f}" if first else ""
             share = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
             memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}"
             error = "" if row["error"] is None else f"{row['error']:.0e}"
             spread = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
             parts.append(
-                f"| {row['provider']} | {row['median'] * 1e3:.1f} | {spread} | {first / row['median']:.2f} |"
+                f"| {row['provider']} | {row['median'] * 1e3:.1f} | {spread} | {speedup} |"
                 f" {row['flop_rate'] / 1e9:.0f} | {share} | {memory} | {error} |"
             )
         parts.append("")
@@ -67,7 +71,8 @@ def plot(rows: Sequence[Row]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = [(title, list(group)) for title, group in groupby(rows, _title)]
+    measured = [row for row in rows if row["median"] is not None]
+    groups = [(title, list(group)) for title, group in groupby(measured, _title)]
     figure = Figure(figsize=(9, sum(0.5 + 0.28 * len(lines) for _, lines in groups) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     heights = [0.5 + 0.28 * len(lines) for _, lines in groups]

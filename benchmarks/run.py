@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.harness import Case, Row, machine, measure_rates, own_peak_memory, run_case
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", action="append", metavar="K=V,...", help="replaces sizes, e.g. N=1024")
     parser.add_argument("--pass", dest="passes", action="append", choices=("forward", "forward+backward"))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each case")
+    parser.add_argument("--limit", type=float, default=300.0, help="leaves out a provider that needs more s for a call")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -43,13 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device(options.device)
     names = options.op or list(BENCHMARKS)
-    cases = [case for name in names for case in _cases(name, options)]
+    # Small ones first: a run that is broken off has most of its rows.
+    cases = sorted((case for name in names for case in _cases(name, options)), key=lambda case: case.size.get("N", 0))
     rates = measure_rates(device, sorted({case.dtype for case in cases}))
     rows: list[Row] = []
-    for case in cases:
-        print(case.title, file=sys.stderr)
-        providers = BENCHMARKS[case.op].providers(case, device)
-        rows += run_case(case, providers, device, rates, seconds=options.seconds, memory=not options.no_memory)
+    progress = tqdm(cases, file=sys.stderr, disable=None)
+    for case in progress:
+        progress.set_description(case.title)
+        rows += run_case(
+            case,
+            BENCHMARKS[case.op].providers(case, device),
+            device,
+            rates,
+            seconds=options.seconds,
+            memory=not options.no_memory,
+            limit=options.limit,
+        )
         if options.json:
             _write(options.json, rows, rates, device)
     print(report.markdown([asdict(row) for row in rows]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
 from benchmarks.run import main
@@ -42,6 +44,19 @@ def test_a_wrong_provider_is_caught() -> None:
     wrong = Provider("wrong", make, right.name, 1e-4)
     with pytest.raises(AssertionError, match="wrong on random_walk"):
         run_case(case, [right, wrong], CPU, Rates(), seconds=0, memory=False)
+
+
+def test_a_provider_over_the_limit_is_left_out_and_says_so() -> None:
+    case = Case("random_walk", {"B": 1, "N": 5000, "d": 4, "D": 4}, "float32", "forward", 1, 1, 1)
+    module = BENCHMARKS["random_walk"]
+    fast = Provider("fast", lambda case, device: lambda: (torch.zeros(1),))
+    slow = Provider("slow", module.run_of(module.eager), "fast", power=30)
+    rows = run_case(case, [fast, slow], CPU, Rates(), seconds=0, memory=False, limit=100.0)
+    assert rows[0].rounds == 3
+    assert rows[1].median is None
+    assert rows[1].note.startswith("left out: about ")
+    table = report.markdown([asdict(row) for row in rows])
+    assert rows[1].note in table
 
 
 def test_roofline_is_the_slowest_part() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from cc4s_kernels._validation import check_choice, check_number, describe
 
@@ -93,3 +93,23 @@ def reduce(sums: Tensor, counts: Tensor, reduction: str, normalizer: Normalizer 
     else:
         count = total.new_tensor(normalizer)
     return divide(world_size() * total, count)
+
+
+class BatchLoss(nn.Module):
+    """A loss with the options that all share: `reduction`, and the `normalizer` of a mean.
+
+    Raises:
+        TypeError, ValueError: as `check_reduction`.
+    """
+
+    def __init__(self, reduction: str, normalizer: Normalizer) -> None:
+        super().__init__()
+        check_reduction(reduction, normalizer)
+        self.reduction = reduction
+        self.normalizer = normalizer
+
+    def _given_or_own(self, normalizer: Normalizer) -> Normalizer:
+        """The checked normalizer of a call: the one given with it, else that of the constructor."""
+        normalizer = self.normalizer if normalizer is None else normalizer
+        check_reduction(self.reduction, normalizer)
+        return normalizer

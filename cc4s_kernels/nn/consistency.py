@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cc4s_kernels._validation import check_choice, check_number, check_tensor, describe
-from cc4s_kernels.nn._reduce import Normalizer, check_reduction, reduce
+from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, reduce
 from cc4s_kernels.nn.transforms import Crop, Flip, Transform
 from cc4s_kernels.ops.transition_consistency import transition_consistency
 
@@ -25,7 +25,7 @@ class ConsistencyTerms(NamedTuple):
     trace: Tensor
 
 
-class EigenspaceConsistencyLoss(nn.Module):
+class EigenspaceConsistencyLoss(BatchLoss):
     """The transition matrix of a transformed image should be that of the image, transformed.
 
     With P from (q, k) and the constant P' from (q_target, k_target), on the N positions that both views
@@ -65,7 +65,7 @@ class EigenspaceConsistencyLoss(nn.Module):
         scale: float = 1.0,
         normalizer: Normalizer = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reduction, normalizer)
         check_number("kl_weight", kl_weight, low=0.0)
         check_number("trace_weight", trace_weight, low=0.0)
         check_choice("preset", preset, PRESETS)
@@ -73,14 +73,11 @@ class EigenspaceConsistencyLoss(nn.Module):
             normalize = "column" if preset == "released" else "row"
         check_choice("normalize", normalize, ("row", "column"))
         check_number("scale", scale)
-        check_reduction(reduction, normalizer)
         self.kl_weight = kl_weight
         self.trace_weight = trace_weight
         self.normalize = normalize
-        self.reduction = reduction
         self.preset = preset
         self.scale = scale
-        self.normalizer = normalizer
 
     def extra_repr(self) -> str:
         return (
@@ -150,8 +147,7 @@ class EigenspaceConsistencyLoss(nn.Module):
         """
         check_tensor("q", q, dims="(B, N, d)", floating=True)
         _check_transform(transform)
-        normalizer = self.normalizer if normalizer is None else normalizer
-        check_reduction(self.reduction, normalizer)
+        normalizer = self._given_or_own(normalizer)
         mask = _flat_mask(q, mask)
         counts = self._counts(q, transform, mask)
         positions = _common_positions(q, transform, mask)

@@ -31,7 +31,7 @@ from cc4s_kernels._validation import (
     describe,
     may_read_values,
 )
-from cc4s_kernels.nn._reduce import Normalizer, check_reduction, global_count, reduce
+from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, check_reduction, global_count, reduce
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
 from cc4s_kernels.ops.potts import NORMS, RELAXATIONS, PixelGrid, potts
 from cc4s_kernels.ops.slic import slic
@@ -117,7 +117,7 @@ def _entropy_weight(weight: Tensor | None, superpixels: Tensor | None, mask: Ten
     return mask if weight is None else weight.masked_fill(~mask, 0)
 
 
-class PartialCrossEntropyLoss(nn.Module):
+class PartialCrossEntropyLoss(BatchLoss):
     """Cross-entropy over labelled pixels only (docs/method.md section 3).
 
     The mean is over labelled pixels of the batch; with class weights, over the sum of their weights, as in
@@ -144,13 +144,10 @@ class PartialCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         normalizer: Normalizer = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reduction, normalizer)
         check_number("ignore_index", ignore_index, integer=True)
-        check_reduction(reduction, normalizer)
         self.ignore_index = ignore_index
         self.align_corners = align_corners
-        self.reduction = reduction
-        self.normalizer = normalizer
         self.register_buffer("class_weight", _class_weight_buffer(class_weight))
 
     def forward(
@@ -170,8 +167,7 @@ class PartialCrossEntropyLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `cc4s_kernels.upsample_losses`.
         """
-        normalizer = self.normalizer if normalizer is None else normalizer
-        check_reduction(self.reduction, normalizer)
+        normalizer = self._given_or_own(normalizer)
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
         _check_mask(mask, labels.shape, labels.device)
         out = upsample_losses(
@@ -193,7 +189,7 @@ class PartialCrossEntropyLoss(nn.Module):
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
-class SoftEntropyLoss(nn.Module):
+class SoftEntropyLoss(BatchLoss):
     """Entropy of the predictions, weighted by a map (docs/method.md section 4).
 
     The map m is, in this order: `weight` where it is given; else, with `superpixels`, 1 inside and 0 on
@@ -210,11 +206,8 @@ class SoftEntropyLoss(nn.Module):
     """
 
     def __init__(self, *, align_corners: bool = True, reduction: str = "mean", normalizer: Normalizer = None) -> None:
-        super().__init__()
-        check_reduction(reduction, normalizer)
+        super().__init__(reduction, normalizer)
         self.align_corners = align_corners
-        self.reduction = reduction
-        self.normalizer = normalizer
 
     def forward(
         self,
@@ -242,8 +235,7 @@ class SoftEntropyLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `cc4s_kernels.upsample_losses`.
         """
-        normalizer = self.normalizer if normalizer is None else normalizer
-        check_reduction(self.reduction, normalizer)
+        normalizer = self._given_or_own(normalizer)
         check_tensor("logits", logits, dims="(B, C, h, w)", floating=True)
         maps = [m for m in (weight, superpixels, mask) if m is not None]
         if maps:
@@ -326,7 +318,7 @@ def _region_mean(pooled: Tensor, counts: Tensor) -> Tensor:
     return torch.where(present, pooled / counts.where(present, 1), 1 / pooled.shape[-1])
 
 
-class ColorConstraintLoss(nn.Module):
+class ColorConstraintLoss(BatchLoss):
     """Superpixels of similar colour and texture should have similar classes (docs/method.md section 7).
 
     L_color per image = (1 / norm) sum over edges of 2 w_ij |S_i - S_j|², with S the mean probabilities of the
@@ -360,12 +352,9 @@ class ColorConstraintLoss(nn.Module):
         reduction: str = "mean",
         normalizer: Normalizer = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction, normalizer)
+        super().__init__(reduction, normalizer)
         self.regions = _RegionEnergy(num_superpixels, compactness, norm, relaxation, max_edges)
         self.align_corners = align_corners
-        self.reduction = reduction
-        self.normalizer = normalizer
 
     def forward(
         self,
@@ -392,8 +381,7 @@ class ColorConstraintLoss(nn.Module):
         Raises:
             TypeError, ValueError: as the ops `slic`, `color_affinity` and `upsample_losses`.
         """
-        normalizer = self.normalizer if normalizer is None else normalizer
-        check_reduction(self.reduction, normalizer)
+        normalizer = self._given_or_own(normalizer)
         image = _rgb(image)
         size = (image.shape[0], *image.shape[2:])
         _check_mask(mask, size, image.device)
@@ -424,7 +412,7 @@ class ColorConstraintLoss(nn.Module):
         return f"reduction={self.reduction!r}"
 
 
-class PottsLoss(nn.Module):
+class PottsLoss(BatchLoss):
     """Potts energy of softmax probabilities on a superpixel graph or a pixel grid (docs/method.md section 7).
 
     The mean is over the images of the batch. For probabilities that are at hand use `cc4s_kernels.potts`.
@@ -447,15 +435,12 @@ class PottsLoss(nn.Module):
         reduction: str = "mean",
         normalizer: Normalizer = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reduction, normalizer)
         check_choice("relaxation", relaxation, RELAXATIONS)
         check_choice("norm", norm, NORMS)
-        check_reduction(reduction, normalizer)
         self.relaxation = relaxation
         self.norm = norm
         self.align_corners = align_corners
-        self.reduction = reduction
-        self.normalizer = normalizer
 
     def forward(
         self,
@@ -480,8 +465,7 @@ class PottsLoss(nn.Module):
             TypeError, ValueError: as the ops `upsample_losses` and `potts`; superpixels that are missing, or
                 given with a grid.
         """
-        normalizer = self.normalizer if normalizer is None else normalizer
-        check_reduction(self.reduction, normalizer)
+        normalizer = self._given_or_own(normalizer)
         check_tensor("logits", logits, dims="(B, C, h, w)", floating=True)
         if isinstance(graph_or_grid, SuperpixelGraph):
             check_tensor("superpixels", superpixels, dims="(B, H, W)", dtypes=ID_DTYPES)
