@@ -40,7 +40,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
         x = torch.randn(case.size["B"], case.size["N"], channels, generator=generator) * scale
         return x.to(device, case.torch_dtype)
 
-    d, channels = case.size["d"], case.size["D"]
+    d, channels = case.size["d"], case.size.get("D", 1)
     q, k = draw(d, (2 / d**0.5) ** 0.5), draw(d, (2 / d**0.5) ** 0.5)
     return q, k, draw(channels, 1.0), draw(channels, 1.0)
 

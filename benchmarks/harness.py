@@ -104,10 +104,11 @@ class Rates:
 
     def seconds(self, case: Case) -> float | None:
         """The least time of a case: the slowest of its products, exponentials and traffic."""
-        gemm = self.gemm.get(case.dtype)
-        if not gemm or not self.exp or not self.copy:
+        gemm = self.gemm.get(case.dtype, 0.0)
+        parts = ((case.flops, gemm), (case.exps, self.exp), (case.bytes, self.copy))
+        if any(amount and not rate for amount, rate in parts):
             return None
-        return max(case.flops / gemm, case.exps / self.exp, case.bytes / self.copy)
+        return max((amount / rate for amount, rate in parts if amount), default=None)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -154,6 +155,8 @@ def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
 
     n = 2048 if device.type == "cpu" else 8192
     for dtype in dtypes:
+        if not getattr(torch, dtype).is_floating_point:
+            continue
         a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
         rates.gemm[dtype] = 2 * n**3 / best(lambda a=a: (a @ a,))
     # Larger than the caches; outputs are preallocated, so that page faults do not count.

@@ -1,15 +1,20 @@
-"""The benchmarks by op: modules with `cases` and `providers`."""
+"""The benchmarks by op: modules `bench_<op>.py` of this folder, each with `OP`, `SIZES`, `cases` and `providers`."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from benchmarks import bench_random_walk, bench_transition_consistency
 from benchmarks.harness import Case, Provider
 
-BENCHMARKS: dict[str, ModuleType] = {module.OP: module for module in (bench_random_walk, bench_transition_consistency)}
+_MODULES = [
+    importlib.import_module(f"{__package__}.{path.stem}") for path in sorted(Path(__file__).parent.glob("bench_*.py"))
+]
+
+BENCHMARKS: dict[str, ModuleType] = {module.OP: module for module in _MODULES}
 
 
 def provider_of(op: str, name: str, case: Case | None = None) -> Provider:

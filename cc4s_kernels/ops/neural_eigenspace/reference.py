@@ -31,8 +31,10 @@ def neural_eigenspace(
     values = torch.empty((*leading, num), dtype=dtype)
     vectors = torch.empty((*leading, size, num), dtype=dtype)
     for index in np.ndindex(*leading):
-        # float64: small eigenvalues would drown in the rounding of float32.
-        found = _eigenspace(q[index].detach().double(), k[index].detach().double(), num, scale, normalize)
+        # float64: small eigenvalues would drown in the rounding of float32. On the CPU, where ARPACK runs and where
+        # float64 has a kernel without the matrix.
+        queries, keys = (t[index].detach().cpu().double() for t in (q, k))
+        found = _eigenspace(queries, keys, num, scale, normalize)
         values[index], vectors[index] = (torch.from_numpy(part) for part in found)
     return values.to(q.device), vectors.to(q.device)
 
