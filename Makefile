@@ -1,15 +1,16 @@
 # Everything runs in .venv, created on first use with the versions of constraints.txt.
 #   make demo      the whole pipeline on a built-in synthetic set, with report.html
 #   make test      lint, types and tests
-#   make compile-check   compiles the Triton kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills, shared
-#                        memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table
+#   make compile-check   compiles the Triton and CUDA kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills,
+#                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
+#                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # ninja and the console scripts of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp csrc/*/*.inl)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
 .PHONY: help install build demo test test-triton compile-check lint selftest format clean
@@ -27,7 +28,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel ninja torch numpy
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.installed setup.py tools/nvcc.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[test]"
 	touch $@
 
@@ -51,7 +52,8 @@ test-triton: build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m triton_interpreter -n 2
 
 compile-check: build
-	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON))
+	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON)) \
+		$(if $(REQUIRE_NVCC),--require-nvcc)
 
 format: build
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,8 @@
-"""The torch operator namespace of the package and its compiled extension.
+"""The torch operator namespace of the package and its compiled extensions: `_C` for CPUs, `_CU` for NVIDIA GPUs.
 
-Schemas, fakes and autograd are registered in Python (`ops/<op>/library.py`); the extension only adds
-implementations for a dispatch key. Loading never compiles and never fails: `EXTENSION_ERROR` says why the
-extension is absent.
+Schemas, fakes and autograd are registered in Python (`ops/<op>/library.py`); an extension only adds
+implementations for a dispatch key. Loading never compiles and never fails: `EXTENSION_ERROR` and
+`CUDA_EXTENSION_ERROR` say why an extension is absent.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,26 @@ NAMESPACE = "cc4s_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _load_extension() -> str | None:
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not found:
-        return "the C++ extension is not built (pip install --no-build-isolation -e .)"
+def extension_path(name: str) -> Path | None:
+    """The file of the extension `_C` or `_CU`, or None where it is not built."""
+    return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
+
+
+def _load_extension(name: str, title: str) -> str | None:
+    path = extension_path(name)
+    if path is None:
+        return f"the {title} extension is not built (pip install --no-build-isolation -e .)"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the C++ extension does not load: {error}"
+        return f"the {title} extension does not load: {error}"
     return None
+
+
+def _load_cuda_extension() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load_extension("_CU", "CUDA")
 
 
 # In csrc/common/value_range_cpu.cpp: see `_validation.value_range`.
@@ -37,7 +48,8 @@ def _value_range_fake(values: torch.Tensor, skip: int | None) -> torch.Tensor:
 
 torch.library.register_fake(f"{NAMESPACE}::value_range", _value_range_fake, lib=LIBRARY)
 
-EXTENSION_ERROR: str | None = _load_extension()
+EXTENSION_ERROR: str | None = _load_extension("_C", "C++")
+CUDA_EXTENSION_ERROR: str | None = _load_cuda_extension()
 
 
 def register(

@@ -2,7 +2,8 @@
 
 Every op registers its implementations under the names in `BACKENDS`. Without further word the first backend
 that accepts the call runs, in that order; `use_backend` forces one and never falls back; `explain` says what
-would run and why each other backend would not.
+would run and why each other backend would not. A CUDA kernel that has not passed its tests on a GPU of this kind
+(`VERIFIED`) runs only where it is forced.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cc4s_kernels import _library, _triton
+from cc4s_kernels import _cuda, _library, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """All backend names, fastest first: the order of automatic choice."""
+
+VERIFIED: dict[str, frozenset[tuple[int, int]]] = {}
+"""For each op the compute capabilities, such as (9, 0), of the GPUs on which its CUDA kernels passed
+`pytest -m gpu` and were faster than the backends after them."""
 
 # A check of a call: None where the backend can run it, else the reason why not.
 Refusal = Callable[..., "str | None"]
@@ -46,7 +51,6 @@ class Explanation(NamedTuple):
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str | None = None
 _strict = True
-_cuda: list[bool] = []
 
 
 def _accepts(*args: Any, **kwargs: Any) -> None:
@@ -79,8 +83,8 @@ def missing(backend: str) -> str | None:
         return _library.EXTENSION_ERROR
     if backend == "triton":
         return _triton.missing()
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
+    if backend == "cuda":
+        return _cuda.missing()
     return None
 
 
@@ -92,6 +96,17 @@ def _refusal(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return missing(backend)
     # Asked without tensors, only what holds for every call is known.
     return implementation.refuses(*args, **kwargs) if args or kwargs else None
+
+
+def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why a backend that can run a call is not chosen for it without being forced, or None."""
+    if backend != "cuda":
+        return None
+    if op in VERIFIED:
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if _cuda.capability(tensors[0].device.index if tensors else None) in VERIFIED[op]:
+            return None
+    return "built, not yet verified on this GPU (use_backend('cuda') runs it)"
 
 
 def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -106,7 +121,7 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
             raise RuntimeError(f"use_backend({_forced!r}): {op} cannot run there: {reason}")
         return _implementations[op][_forced if reason is None else "reference"].function
     for backend in BACKENDS:
-        if _refusal(op, backend, args, kwargs) is None:
+        if (_refusal(op, backend, args, kwargs) or _unverified(op, backend, args)) is None:
             return _implementations[op][backend].function
     raise RuntimeError(str(_explain(op, args, kwargs)))
 
@@ -141,6 +156,8 @@ def _explain(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanat
     allowed = BACKENDS if _forced is None else (_forced,) if _strict else (_forced, "reference")
     for backend in BACKENDS:
         reason = _refusal(op, backend, args, kwargs)
+        if _forced is None:
+            reason = reason or _unverified(op, backend, args)
         if backend not in allowed:
             reason = f"use_backend({_forced!r}) is in force"
         elif reason is None and chosen is None:

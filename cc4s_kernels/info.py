@@ -1,6 +1,6 @@
 """What is installed and what runs here: `python -m cc4s_kernels.info [--selftest]`.
 
-Without options: versions, the C++ extension, the processor, devices, and for each op which backends it has on
+Without options: versions, the C++ and CUDA extensions, the processor, devices, and for each op which backends it has on
 this machine. `--selftest` also runs every op on small inputs on each available backend against an independent
 NumPy value and against finite differences, and ends with exit code 1 if a row fails.
 """
@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,11 +72,10 @@ def devices() -> list[str]:
     return found
 
 
-def extension() -> str:
-    """Where the C++ extension is, or why it is not there."""
-    if _library.EXTENSION_ERROR is not None:
-        return _library.EXTENSION_ERROR
-    return ", ".join(str(path) for path in sorted(Path(_library.__file__).parent.glob("_C*.so")))
+def extensions() -> list[str]:
+    """Where the C++ and the CUDA extension are, or why one is not there."""
+    errors = {"_C": _library.EXTENSION_ERROR, "_CU": _library.CUDA_EXTENSION_ERROR}
+    return [error or str(_library.extension_path(name)) for name, error in errors.items()]
 
 
 def availability(op: str) -> dict[str, str]:
@@ -90,7 +88,8 @@ def availability(op: str) -> dict[str, str]:
 def report() -> str:
     """All of the above as text."""
     lines = [f"{name:<14}{version}" for name, version in versions().items()]
-    lines += [f"{'extension':<14}{extension()}", f"{'processor':<14}{processor()}"]
+    lines += [f"{'extension':<14}{found}" for found in extensions()]
+    lines += [f"{'processor':<14}{processor()}"]
     lines += [f"{'device':<14}{device}" for device in devices() or ["no CUDA device"]]
     width = max(map(len, OPS)) + 2
     notes: list[str] = []

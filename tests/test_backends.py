@@ -18,6 +18,10 @@ def fast(x, *, bias=0.0):
     return x + bias + 100
 
 
+def fastest(x, *, bias=0.0):
+    return x + bias + 200
+
+
 def refuses_bias(x, *, bias=0.0):
     return "bias is not 0" if bias else None
 
@@ -67,6 +71,47 @@ def test_missing_hardware_is_said(two):
     assert "cuda" not in two.available("add")
     with ck.use_backend("cuda"), pytest.raises(RuntimeError, match="no CUDA device"):
         two.select("add", X)
+
+
+NOT_VERIFIED = "built, not yet verified on this GPU (use_backend('cuda') runs it)"
+
+
+@pytest.fixture
+def with_cuda(two, monkeypatch):
+    """A machine with a GPU of compute capability 9.0 and a CUDA kernel that takes every call."""
+    monkeypatch.setattr(backends, "missing", lambda name: "no triton" if name == "triton" else None)
+    monkeypatch.setattr(backends._cuda, "capability", lambda index: (9, 0))
+    two.register("add", "cuda", fastest)
+    return two
+
+
+def test_a_cuda_kernel_that_nobody_ran_on_this_gpu_is_not_chosen(with_cuda, monkeypatch):
+    for verified in ({}, {"add": frozenset({(8, 0)})}, {"subtract": frozenset({(9, 0)})}):
+        monkeypatch.setattr(backends, "VERIFIED", verified)
+        assert with_cuda.select("add", X) is fast
+        found = ck.explain("add", X)
+        assert found.backend == "cpu"
+        assert found.reasons["cuda"] == NOT_VERIFIED
+        # The next one that accepts the call.
+        assert with_cuda.select("add", X, bias=1.0) is reference
+        with ck.use_backend("cuda"):
+            assert with_cuda.select("add", X) is fastest
+            assert ck.explain("add", X).backend == "cuda"
+    assert "cuda" in with_cuda.available("add")
+
+
+def test_a_cuda_kernel_that_passed_on_this_gpu_is_chosen(with_cuda, monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", {"add": frozenset({(8, 0), (9, 0)})})
+    assert with_cuda.select("add", X) is fastest
+    assert ck.explain("add", X).backend == "cuda"
+    assert ck.explain("add").backend == "cuda"
+    # What it refuses is another reason.
+    with_cuda.register("add", "cuda", fastest, refuses_bias)
+    assert ck.explain("add", X, bias=1.0).reasons["cuda"] == "bias is not 0"
+
+
+def test_nothing_is_verified_that_is_no_op():
+    assert set(backends.VERIFIED) <= set(backends.ops())
 
 
 def test_forcing_nests_and_ends_with_an_error(two):
@@ -163,7 +208,37 @@ def test_an_extension_that_does_not_load_is_no_error(tmp_path, monkeypatch):
 
     (tmp_path / "_C.so").write_bytes(b"not a library")
     monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
-    assert _library._load_extension().startswith("the C++ extension does not load: ")
+    (tmp_path / "_CU.so").write_bytes(b"not a library")
+    assert _library._load_extension("_C", "C++").startswith("the C++ extension does not load: ")
+    assert _library._load_extension("_CU", "CUDA").startswith("the CUDA extension does not load: ")
+
+
+def test_the_extensions_are_not_taken_for_each_other(tmp_path, monkeypatch):
+    from cc4s_kernels import _library
+
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    (tmp_path / "_CU.abi3.so").touch()
+    assert _library.extension_path("_C") is None
+    assert _library._load_extension("_C", "C++").startswith("the C++ extension is not built")
+    assert _library.extension_path("_CU") == tmp_path / "_CU.abi3.so"
+    (tmp_path / "_C.so").touch()
+    assert _library.extension_path("_C") == tmp_path / "_C.so"
+
+
+def test_why_there_is_no_cuda_backend(tmp_path, monkeypatch):
+    from cc4s_kernels import _library
+
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda_extension() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    not_built = "the CUDA extension is not built (pip install --no-build-isolation -e .)"
+    assert _library._load_cuda_extension() == not_built
+    monkeypatch.setattr(_library, "CUDA_EXTENSION_ERROR", not_built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.missing("cuda") == not_built
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.missing("cuda") == "no CUDA device"
 
 
 def test_forcing_reaches_compiled_code():

@@ -1,12 +1,14 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and says what each needs on its chip.
+"""Compiles the Triton and CUDA kernels ahead of time, without a GPU, and says what each needs on its chip.
 
     python -m tools.compile_check [--full] [--json FILE] [--targets sm_90 ...] [--ops random_walk ...]
+                                  [--backends triton cuda] [--require-nvcc]
 
 Per kernel: registers per thread, bytes spilled, shared memory. The exit code is 1 if a kernel spills, needs more
-shared memory than its chip has, or does not compile. By default each op is compiled at the published size in
+shared memory than its chip has, or does not compile. By default each Triton op is compiled at the published size in
 bfloat16; `--full` takes every dtype and every size class of cc4s_kernels/_triton/configs.py.
 
-What is compiled is what the ops launch: each op runs on meta tensors with a recorder in the place of the GPU.
+What is compiled is what the ops launch: each op runs on meta tensors with a recorder in the place of the GPU. CUDA
+sources (tools/cuda_check.py) are left out where there is no nvcc, unless it is required.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from tools import cuda_check, nvcc
 
 OPS = ("random_walk", "transition_consistency", "transition_matrix")
 PUBLISHED = (64, 512)
@@ -232,17 +236,8 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", result.stderr)))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compiles the Triton kernels without a GPU.")
-    parser.add_argument("--full", action="store_true", help="every dtype and size class, not one of each kernel")
-    parser.add_argument("--json", type=Path, help="also write the table there")
-    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=SHARED_LIMIT, metavar="SM")
-    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, metavar="OP")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
-
+def check_triton(options: argparse.Namespace) -> list[Found]:
+    """Compiles what `options` asks for, and prints it."""
     jobs = [job for target in options.targets for job in collect(target, options.ops, options.full)]
     print(f"{'chip':<8}{'kernel':<26}{'warps':>5}{'stages':>7}{'regs':>6}{'spills':>8}{'shared KiB':>12}  case")
     rows = []
@@ -256,11 +251,51 @@ def main() -> int:
                 flush=True,
             )
             rows.append(row)
+    return rows
+
+
+def check_cuda(options: argparse.Namespace) -> list[cuda_check.Kernel]:
+    """Compiles the CUDA extension where nvcc is, and prints its kernels."""
+    compiler = nvcc.find()
+    if compiler is None:
+        print("CUDA kernels left out: nvcc is not found in CUDA_HOME, PATH or /usr/local/cuda")
+        return []
+    rows = cuda_check.check(compiler, options.targets, options.processes)
+    print(f"{'chip':<8}{'op':<24}{'regs':>6}{'stack':>8}{'spills':>8}{'shared B':>10}  kernel")
+    for row in rows:
+        print(
+            f"{row.target:<8}{row.op:<24}{row.registers:>6}{row.stack_bytes:>8}{row.spill_bytes:>8}"
+            f"{row.shared_bytes:>10}  {row.kernel}{'' if row.passed else '  FAILED'}"
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles the Triton and CUDA kernels without a GPU.")
+    parser.add_argument("--full", action="store_true", help="every dtype and size class, not one of each kernel")
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=SHARED_LIMIT, metavar="SM")
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, metavar="OP", help="which Triton ops")
+    parser.add_argument("--backends", nargs="+", default=("triton", "cuda"), choices=("triton", "cuda"))
+    parser.add_argument("--require-nvcc", action="store_true", help="fail where there is no nvcc")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
+    if options.require_nvcc and nvcc.find() is None:
+        parser.error("--require-nvcc: nvcc is not found in CUDA_HOME, PATH or /usr/local/cuda")
+
+    triton_rows = check_triton(options) if "triton" in options.backends else []
+    cuda_rows = check_cuda(options) if "cuda" in options.backends else []
+    rows = [*triton_rows, *cuda_rows]
     if options.json is not None:
         import triton
 
-        table = [{**row._asdict(), "passed": row.passed} for row in rows]
-        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n")
+        tables = {
+            name: [{**row._asdict(), "passed": row.passed} for row in table]
+            for name, table in (("kernels", triton_rows), ("cuda_kernels", cuda_rows))
+        }
+        options.json.write_text(json.dumps({"triton": triton.__version__, **tables}, indent=1) + "\n")
     failed = sum(not row.passed for row in rows)
     print(f"{len(rows)} kernels compiled, {failed or 'none'} failed")
     return 1 if failed else 0

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from cc4s_kernels._cuda import capability as _capability
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when a kernel is defined, so it
 has to be set before this package is imported."""
@@ -40,11 +42,6 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def refuses(tensor: Tensor, name: str) -> str | None:

@@ -4,15 +4,36 @@
 
 #include <cuda_runtime.h>
 
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-struct StreamLauncher {
-  cudaStream_t stream;
+#include "common/strides.cuh"
+
+// Kernels on the current stream of a tensor's device, which is the current device as long as this lives.
+class StreamLauncher {
+ public:
+  explicit StreamLauncher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 threads, void (*kernel)(Parameters...), Arguments... arguments) const {
-    kernel<<<grid, threads, 0, stream>>>(static_cast<Parameters>(arguments)...);
+    kernel<<<grid, threads, 0, stream_>>>(static_cast<Parameters>(arguments)...);
     const cudaError_t error = cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
   }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
 };
+
+// Of [B, C, H, W] or [B, H, W].
+inline Strides strides_of(const torch::stable::Tensor& tensor) {
+  const bool planar = tensor.dim() == 4;
+  return {tensor.stride(0), planar ? tensor.stride(1) : 0, tensor.stride(planar ? 2 : 1),
+          tensor.stride(planar ? 3 : 2)};
+}

@@ -34,10 +34,15 @@ def library(op: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(out))
 
 
+def memory(tensor: Tensor) -> ctypes.c_void_p:
+    """Where the first value of a CPU tensor with any strides is."""
+    assert tensor.device.type == "cpu"
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """The memory of a contiguous CPU tensor; null for None."""
     if tensor is None:
         return ctypes.c_void_p(None)
     assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return ctypes.c_void_p(tensor.data_ptr())
+    return memory(tensor)

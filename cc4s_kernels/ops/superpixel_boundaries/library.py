@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cc4s_kernels import _library, backends
+from cc4s_kernels import _cuda, _library, backends
 from cc4s_kernels.ops.superpixel_boundaries import reference
 
-# Has its CPU kernel in csrc/superpixel_boundaries/superpixel_boundaries_cpu.cpp.
+# Has its kernels in csrc/superpixel_boundaries: superpixel_boundaries_cpu.cpp and superpixel_boundaries_cuda.cu.
 _library.LIBRARY.define("superpixel_boundaries(Tensor superpixels) -> Tensor")
 
 
@@ -19,7 +19,7 @@ def _fake(superpixels: Tensor) -> Tensor:
 torch.library.register_fake(f"{_library.NAMESPACE}::superpixel_boundaries", _fake, lib=_library.LIBRARY)
 
 
-def _cpu(superpixels: Tensor) -> Tensor:
+def _compiled(superpixels: Tensor) -> Tensor:
     return torch.ops.cc4s_kernels.superpixel_boundaries(superpixels)
 
 
@@ -27,5 +27,12 @@ def _cpu_refuses(superpixels: Tensor, *args: object, **kwargs: object) -> str | 
     return None if superpixels.device.type == "cpu" else f"the superpixels are on {superpixels.device}"
 
 
+def _cuda_refuses(superpixels: Tensor, *args: object, **kwargs: object) -> str | None:
+    if superpixels.shape[1] * superpixels.shape[2] >= 2**31:
+        return "the maps have 2^31 pixels or more"
+    return _cuda.refuses(superpixels, "superpixels")
+
+
 backends.register("superpixel_boundaries", "reference", reference.superpixel_boundaries)
-backends.register("superpixel_boundaries", "cpu", _cpu, _cpu_refuses)
+backends.register("superpixel_boundaries", "cpu", _compiled, _cpu_refuses)
+backends.register("superpixel_boundaries", "cuda", _compiled, _cuda_refuses)
