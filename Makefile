@@ -4,6 +4,7 @@
 #   make compile-check   compiles the Triton and CUDA kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills,
 #                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
 #                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
+#   make bench     every op against its baselines; OPS="slic potts" takes some, JSON=FILE also writes rows, tables, plot
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton bench compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,9 @@ test-triton: build
 compile-check: build
 	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON)) \
 		$(if $(REQUIRE_NVCC),--require-nvcc)
+
+bench: build
+	$(BIN)/python -m benchmarks.run $(foreach op,$(OPS),--op $(op)) $(if $(JSON),--json $(JSON))
 
 format: build
 	$(BIN)/ruff check --fix .
