@@ -372,5 +372,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
+inline long long __double_as_longlong(double x) { return cuda_on_cpu::from_bits<long long>(cuda_on_cpu::bits(x)); }
+inline double __longlong_as_double(long long x) { return cuda_on_cpu::from_bits<double>(cuda_on_cpu::bits(x)); }
 using std::max;
 using std::min;
