@@ -2,8 +2,9 @@
 //
 // Force-included before a `.cuh` (g++ -include). Barriers and warp collectives switch fibers; what a lane of a mask or a
 // thread of a block never reaches ends the process with a message. `Launcher` starts kernels in the place of <<<>>>.
-// With a seed, blocks and threads run in a random order, and a thread may be interrupted at each atomic: a missing
-// barrier or an order that matters shows as a result that changes with the seed. What it cannot show: races of plain
+// With a seed, blocks and threads run in a random order, some warps only when the others can go no further, and a thread
+// may be interrupted at each atomic: a missing barrier or an order that matters shows as a result that changes with the
+// seed. What it cannot show: races of plain
 // loads and stores, alignment, speed.
 #pragma once
 
@@ -137,18 +138,31 @@ class Block {
   }
 
   void schedule() {
+    choose_slow_warps();
     for (;;) {
       if (random_ != nullptr) std::shuffle(order_.begin(), order_.end(), *random_);
       bool ran = false;
       for (const unsigned i : order_) {
-        if (fibers_[i]->state != State::kReady) continue;
+        if (fibers_[i]->state != State::kReady || slow_[i / 32]) continue;
         ran = true;
         resume(i);
       }
       const bool warps = release_warps();
       if (ran || warps) continue;
+      if (std::find(slow_.begin(), slow_.end(), true) != slow_.end()) {
+        std::fill(slow_.begin(), slow_.end(), false);
+        continue;
+      }
       if (!release_block()) return;
+      choose_slow_warps();
     }
+  }
+
+  // Until all others wait at the next block barrier or have ended.
+  void choose_slow_warps() {
+    slow_.assign((count_ + 31) / 32, false);
+    if (random_ == nullptr) return;
+    for (size_t warp = 0; warp < slow_.size(); ++warp) slow_[warp] = (*random_)() % 4 == 0;
   }
 
   void resume(unsigned i) {
@@ -211,6 +225,7 @@ class Block {
   ucontext_t scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> order_, last_;
+  std::vector<bool> slow_;  // by warp
 };
 
 inline Block block;
