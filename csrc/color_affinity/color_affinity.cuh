@@ -16,7 +16,7 @@ constexpr int kPixels = kColors + kTextures, kCounters = kPixels + 1;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kTile = 32, kSide = kTile + 2;
-// Nodes of a tile that are counted in shared memory; 800 superpixels on 465 x 465 pixels put 9 to 16 into a tile.
+// Nodes of a tile that are counted in shared memory; 800 superpixels of 465 x 465 pixels put up to 15 into one.
 constexpr int kSlots = 32;
 constexpr int kLargest = 0x7fffffff, kSmallest = -kLargest - 1;
 

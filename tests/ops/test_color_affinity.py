@@ -15,8 +15,8 @@ from torch import Tensor
 
 import cc4s_kernels as ck
 from cc4s_kernels import backends
-from cc4s_kernels.ops.color_affinity.reference import histograms
-from tests.ops.tester import Inputs, OpTester, generator
+from cc4s_kernels.ops.color_affinity.reference import color_affinity, histograms
+from tests.ops.tester import Inputs, OpTester, generator, strided_copy
 
 needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 
@@ -173,6 +173,47 @@ def test_integer_histograms_on_the_cpu(shape: tuple[int, int], dtype: torch.dtyp
                 assert all(torch.equal(x, e) for x, e in zip(found, expected, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("cuda" not in backends.available("color_affinity"), reason="no CUDA device or extension"),
+]
+
+
+def wild_maps() -> tuple[Tensor, Tensor]:
+    """Maps of 300 nodes that are not connected, with padding and ids out of range; the second image has one node."""
+    random = generator(7)
+    ids = torch.randint(-1, 300, (2, 101, 67), generator=random).repeat_interleave(2, 2)
+    ids[0, :5, ::3] = torch.tensor([-7, 300, 2**31, 2**32 + 1, -(2**40)])[:, None]
+    ids[1] = 4
+    return torch.randint(0, 256, (2, 3, 101, 134), generator=random, dtype=torch.uint8), ids
+
+
+@pytest.mark.parametrize("layout", [torch.clone, strided_copy])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_a_gpu)])
+def test_integer_histograms_on_a_gpu(device: str, layout: Any) -> None:
+    image, ids = wild_maps()
+    found = torch.ops.cc4s_kernels.color_histograms(layout(image.to(device)), layout(ids.to(device)), 300)
+    for a, e in zip(found, histograms(image, ids, 300), strict=True):
+        assert torch.equal(a.cpu(), e)
+
+
+@pytest.mark.parametrize("places", [40, 30_000])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_a_gpu)])
+def test_any_map_on_a_gpu(device: str, places: int) -> None:
+    """No value of an id is an error where values are not read; too few places are NaN; on a stream of its own."""
+    image, ids = wild_maps()
+    expected = color_affinity(image, ids, 300, max_edges=places)
+    assert 40 < int(expected.num_edges[0]) < 30_000
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), ck.use_backend("cuda"):
+        found = ck.color_affinity(image.to(device), ids.to(device), 300, max_edges=places)
+    stream.synchronize()
+    for a, e in zip((found.edge_index, found.num_edges, found.counts), expected[:1] + expected[3:], strict=True):
+        assert torch.equal(a.cpu(), e)
+    torch.testing.assert_close(found.weight.cpu(), expected.weight, rtol=0, atol=1e-6, equal_nan=True)
 
 
 def test_every_gradient_bin_boundary() -> None:
