@@ -9,8 +9,8 @@ from cc4s_kernels import _cuda, _library, backends
 from cc4s_kernels.ops.color_affinity import reference
 from cc4s_kernels.ops.color_affinity.reference import COLOR_BINS, TEXTURE_BINS, SuperpixelGraph
 
-# Both have their kernels in csrc/color_affinity: color_affinity_cpu.cpp and color_affinity_cuda.cu. The integers alone are
-# for tests.
+# Both have their kernels in csrc/color_affinity: color_affinity_cpu.cpp and color_affinity_cuda.cu. The integers alone
+# are for tests.
 _library.LIBRARY.define(
     "color_affinity(Tensor image, Tensor superpixels, SymInt num_superpixels, SymInt max_edges) -> "
     "(Tensor edge_index, Tensor weight, Tensor num_edges, Tensor counts)"
