@@ -5,13 +5,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <vector>
 
 #include "common/instruction_sets.h"
+#include "slic/cells.h"
 #include "slic/lab_tables.h"
 
 namespace {
@@ -27,21 +27,12 @@ constexpr uint32_t kOutOfReach = uint32_t{1} << 31;
 
 // ---- Step 1: colours
 
-constexpr int kCubeRootSteps = 1 << 14;
-
-// cube_root[t] = round(2^15 f(t / 2^14)) with f of CIE Lab, by integer comparisons only.
+// cube_root[t] = lab_root(t)
 const std::vector<int32_t>& cube_root_table() {
   static const std::vector<int32_t> table = [] {
-    std::vector<int32_t> f(kCubeRootSteps + 1);
-    int64_t root = 0;
-    for (int64_t t = 0; t <= kCubeRootSteps; ++t) {
-      // The largest root with (2 root - 1)^3 2^14 <= 2^48 t, which is 2^15 cbrt(t / 2^14) rounded.
-      while ((2 * root + 1) * (2 * root + 1) * (2 * root + 1) <= (t << 34)) ++root;
-      const bool linear = t * 24389 <= int64_t{216} * kCubeRootSteps;
-      // 841/108 u + 4/29 over the common denominator 3132, times 2^15, rounded.
-      const int64_t line = (2 * (t * 2 * 24389 + 432 * (int64_t{1} << 15)) + 3132) / (2 * 3132);
-      f[t] = static_cast<int32_t>(linear ? line : root);
-    }
+    std::vector<int32_t> f(cc4s::kCubeRootSteps + 1);
+    // The root before is the guess: the steps up are those of one walk.
+    for (int t = 0, root = 0; t <= cc4s::kCubeRootSteps; ++t) f[t] = root = cc4s::lab_root(t, root);
     return f;
   }();
   return table;
@@ -70,23 +61,12 @@ Grid make_grid(int64_t height, int64_t width, int64_t num_segments, int64_t comp
   Grid grid;
   grid.height = height;
   grid.width = width;
-  const int64_t n = std::min(num_segments, height * width);
-  const int64_t target = 4 * n * height / width;
-  int64_t twice = 0;  // floor(sqrt(target))
-  for (int64_t bit = int64_t{1} << 31; bit > 0; bit >>= 1) {
-    if ((twice + bit) * (twice + bit) <= target) twice += bit;
-  }
-  grid.rows = static_cast<int>(std::clamp<int64_t>((twice + 1) / 2, 1, std::min(height, n)));
-  grid.cols = static_cast<int>(std::min(width, n / grid.rows));
-  const int64_t spacing =
-      std::max((height + grid.rows - 1) / grid.rows, (width + grid.cols - 1) / grid.cols);
-  grid.weight = (2 * 256 * compactness * compactness + spacing * spacing) / (2 * spacing * spacing);
-  for (int64_t i = 0; i <= grid.rows; ++i) {
-    grid.row_begin.push_back(static_cast<int>((i * height + grid.rows - 1) / grid.rows));
-  }
-  for (int64_t j = 0; j <= grid.cols; ++j) {
-    grid.col_begin.push_back(static_cast<int>((j * width + grid.cols - 1) / grid.cols));
-  }
+  const cc4s::Cells cells = cc4s::cells_of(height, width, num_segments, compactness);
+  grid.rows = static_cast<int>(cells.rows);
+  grid.cols = static_cast<int>(cells.cols);
+  grid.weight = cells.weight;
+  for (int64_t i = 0; i <= cells.rows; ++i) grid.row_begin.push_back(cc4s::cell_begin(i, height, cells.rows));
+  for (int64_t j = 0; j <= cells.cols; ++j) grid.col_begin.push_back(cc4s::cell_begin(j, width, cells.cols));
   grid.span = 0;
   for (int j = 0; j < grid.cols; ++j) {
     grid.col_of.insert(grid.col_of.end(), grid.col_begin[j + 1] - grid.col_begin[j], j);
@@ -122,18 +102,12 @@ void convert_band(const Grid& grid, int band, const uint8_t* image, const Stride
     for (int col = 0; col < grid.cols; ++col) {
       for (int64_t x = grid.col_begin[col]; x < grid.col_begin[col + 1]; ++x) {
         const uint8_t* pixel = image + y * at.row + x * at.column;
-        const int32_t red = cc4s::kLinear[pixel[0]];
-        const int32_t green = cc4s::kLinear[pixel[at.channel]];
-        const int32_t blue = cc4s::kLinear[pixel[2 * at.channel]];
-        const int32_t fx = cube_root[(1777 * red + 1541 * green + 778 * blue + (1 << 13)) >> 14];
-        const int32_t fy = cube_root[(871 * red + 2929 * green + 296 * blue + (1 << 13)) >> 14];
-        const int32_t fz = cube_root[(73 * red + 448 * green + 3575 * blue + (1 << 13)) >> 14];
+        const cc4s::Lab lab =
+            cc4s::lab_of(cc4s::kLinear[pixel[0]], cc4s::kLinear[pixel[at.channel]],
+                         cc4s::kLinear[pixel[2 * at.channel]], [&](int t) { return cube_root[t]; });
         const int64_t i = y * grid.width + x;
-        const int32_t l = ((7424 * fy + (1 << 14)) >> 15) - 1024;
-        const int32_t a = (32000 * (fx - fy) + (1 << 28) + (1 << 14)) >> 15;
-        // All three from 0 to 2^14.
-        la[i] = l | a << 16;
-        b[i] = (12800 * (fy - fz) + (1 << 28) + (1 << 14)) >> 15;
+        la[i] = lab.l | lab.a << 16;
+        b[i] = lab.b;
         const bool valid = mask == nullptr || mask[y * mask_at.row + x * mask_at.column];
         labels[i] = valid ? band * grid.cols + col : -1;
       }
