@@ -67,7 +67,8 @@ struct Place {
   int first_col;      // candidates: columns of cells first_col .. first_col + reach of rows band - 1 .. band + 1, row by row;
   int reach;          // some may be outside the grid
   int tile_y, tile_rows;
-  int x, y, rows;     // own pixels: column x, rows y .. y + rows; rows is the same in a warp
+  int half, half_rows;  // own half of the tile, and rows of a half; the second may have fewer
+  int x, y, rows;       // own pixels: column x, rows y .. y + rows; rows is the same in a warp
   int candidate_col;  // of the own cell, among the candidates
   bool inside;        // x is a column of the tile
 };
@@ -88,11 +89,12 @@ __device__ __forceinline__ Place place_of(const Problem& problem) {
   place.tile_y = begin + chunk * chunk_rows;
   place.tile_rows = max(min(chunk_rows, end - place.tile_y), 0);
 
-  const int column = static_cast<int>(threadIdx.x) % kTileWidth, half = static_cast<int>(threadIdx.x) / kTileWidth;
-  const int half_rows = (place.tile_rows + kHalves - 1) / kHalves;
+  const int column = static_cast<int>(threadIdx.x) % kTileWidth;
+  place.half = static_cast<int>(threadIdx.x) / kTileWidth;
+  place.half_rows = (place.tile_rows + kHalves - 1) / kHalves;
   place.x = tile_x + column;
-  place.y = place.tile_y + half * half_rows;
-  place.rows = max(min(half_rows, place.tile_rows - half * half_rows), 0);
+  place.y = place.tile_y + place.half * place.half_rows;
+  place.rows = max(min(place.half_rows, place.tile_rows - place.half * place.half_rows), 0);
   place.inside = column < problem.tile_width && place.x < problem.width;
   place.first_col = cc4s::cell_of(tile_x, problem.width, problem.cols) - 1;
   const int last = min(tile_x + problem.tile_width, problem.width) - 1;
@@ -254,7 +256,8 @@ __global__ void __launch_bounds__(kTileThreads)
 
   __shared__ int center[kCandidates][5];  // l, a, b, 16 x, 16 y; l = -1: no such cluster, or it is dead
   __shared__ int4 terms[kCandidates];     // -2 l, -2 a, -2 b, l^2 + a^2 + b^2
-  __shared__ int row_terms[kCandidates][kHalves * kRows];
+  // Weighted squared distances along y, for kRows pixels of each half; read by four.
+  __shared__ int4 row_terms[kCandidates][kHalves][(kRows + 3) / 4];
   __shared__ Partial partial;
   clear_partial(place, partial);
   const Wide* sums = sums_of(problem, scratch, round) + place.image * clusters * kSums;
@@ -275,10 +278,12 @@ __global__ void __launch_bounds__(kTileThreads)
     // Nothing is closer than what is as far as an int goes.
     terms[i] = l < 0 ? make_int4(0, 0, 0, kIntMax) : make_int4(-2 * l, -2 * a, -2 * b, l * l + a * a + b * b);
   }
-  for (int i = threadIdx.x; i < candidates * place.tile_rows; i += kTileThreads) {
-    const int candidate = i / place.tile_rows, r = i % place.tile_rows;
-    const int d = kPositionScale * (place.tile_y + r) - center[candidate][4];
-    row_terms[candidate][r] = center[candidate][0] < 0 ? 0 : weighted_square(problem.weight, d);
+  for (int i = threadIdx.x; i < candidates * kHalves * kRows; i += kTileThreads) {
+    const int candidate = i / (kHalves * kRows), half = i / kRows % kHalves, r = i % kRows;
+    const int row = half * place.half_rows + r;
+    const bool used = r < place.half_rows && row < place.tile_rows && center[candidate][0] >= 0;
+    const int d = kPositionScale * (place.tile_y + row) - center[candidate][4];
+    reinterpret_cast<int*>(row_terms[candidate][half])[r] = used ? weighted_square(problem.weight, d) : 0;
   }
   __syncthreads();
 
@@ -294,26 +299,27 @@ __global__ void __launch_bounds__(kTileThreads)
     a[r] = color.x >> 16;
     b[r] = color.y;
     near[r] = -1;
-    // No distance is below that of a masked pixel, which so keeps its -1.
+    // No distance is below that of a masked pixel, or of none, which so keeps its -1.
     nearest[r] = color.y < 0 ? -kIntMax : kIntMax;
   }
   // Clusters in ascending order and a strict comparison: ties go to the lowest id.
 #pragma unroll 1
-  for (int candidate_near = 0; candidate_near < 9; ++candidate_near) {
-    const int candidate = candidate_of(place, candidate_near);
+  for (int from_here = 0, candidate = place.candidate_col - 1; from_here < 9; ++from_here) {
     const int4 term = terms[candidate];
     const int d = kPositionScale * place.x - center[candidate][3];
     const int column_term = term.w + (center[candidate][0] < 0 ? 0 : weighted_square(problem.weight, d));
-    const int* row_term = row_terms[candidate] + (place.y - place.tile_y);
+    const int4* row_term = row_terms[candidate][place.half];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r >= place.rows) break;
+      const int4 four = row_term[r / 4];
+      const int dy = r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
       // Less the square of the pixel's own colour, which all its distances have: above -2^30 and below 2^31.
-      const int distance = column_term + row_term[r] + term.x * l[r] + term.y * a[r] + term.z * b[r];
+      const int distance = column_term + dy + term.x * l[r] + term.y * a[r] + term.z * b[r];
       const bool closer = distance < nearest[r];
       nearest[r] = closer ? distance : nearest[r];
-      near[r] = closer ? candidate_near : near[r];
+      near[r] = closer ? from_here : near[r];
     }
+    candidate += from_here % 3 == 2 ? place.reach - 2 : 1;
   }
 
   Run run{};

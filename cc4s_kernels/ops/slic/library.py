@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cc4s_kernels import _library, backends
+from cc4s_kernels import _cuda, _library, backends
 from cc4s_kernels.ops.slic import reference
 
 _ARGUMENTS = "(Tensor image, Tensor? mask, int num_segments, int compactness, int iterations) -> Tensor"
 
-# "slic" has its CPU kernel in csrc/slic/slic_cpu.cpp.
+# "slic" has its kernels in csrc/slic: slic_cpu.cpp and slic_cuda.cu.
 _library.LIBRARY.define(f"slic{_ARGUMENTS}")
 _library.LIBRARY.define(f"slic_reference{_ARGUMENTS}")
 _library.LIBRARY.impl("slic_reference", reference.slic, "CompositeExplicitAutograd")
@@ -41,7 +41,7 @@ def _reference(
     return torch.ops.cc4s_kernels.slic_reference(image, mask, num_segments, _fixed_point(compactness), iterations)
 
 
-def _cpu(
+def _compiled(
     image: Tensor,
     num_segments: int = 800,
     *,
@@ -56,5 +56,10 @@ def _cpu_refuses(image: Tensor, *args: object, **kwargs: object) -> str | None:
     return None if image.device.type == "cpu" else f"the image is on {image.device}"
 
 
+def _cuda_refuses(image: Tensor, *args: object, **kwargs: object) -> str | None:
+    return _cuda.refuses(image, "image")
+
+
 backends.register("slic", "reference", _reference)
-backends.register("slic", "cpu", _cpu, _cpu_refuses)
+backends.register("slic", "cpu", _compiled, _cpu_refuses)
+backends.register("slic", "cuda", _compiled, _cuda_refuses)
