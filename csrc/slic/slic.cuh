@@ -20,8 +20,8 @@ constexpr int kTileWidth = 64;
 constexpr int kHalves = 2;
 constexpr int kRows = 9;
 constexpr int kTileThreads = kTileWidth * kHalves;
-// Tiles are cut so that they touch at most 18 columns of cells. The candidates for their pixels are those, one more on both
-// sides, and the same in the rows above and below.
+// Tiles are cut so that they touch at most 18 columns of cells. The candidates for their pixels are those, one more on
+// both sides, and the same in the rows above and below.
 constexpr int kTileCells = 18;
 constexpr int kCandidates = 3 * (kTileCells + 2);
 // What is summed over the pixels of a cluster: their number, l, a, b, x, y.
@@ -63,14 +63,15 @@ struct Scratch {
 // Where a thread of a tile works.
 struct Place {
   long long image;
-  int band;           // row of cells
-  int first_col;      // candidates: columns of cells first_col .. first_col + reach of rows band - 1 .. band + 1, row by row;
-  int reach;          // some may be outside the grid
+  int band;  // row of cells
+  // The candidates, row by row: columns of cells from first_col on, `reach` of them, of the rows band - 1 to band + 1. Some
+  // may be outside the grid.
+  int first_col, reach;
   int tile_y, tile_rows;
   int half, half_rows;  // own half of the tile, and rows of a half; the second may have fewer
-  int x, y, rows;       // own pixels: column x, rows y .. y + rows; rows is the same in a warp
-  int candidate_col;  // of the own cell, among the candidates
-  bool inside;        // x is a column of the tile
+  int x, y, rows;       // own pixels: column x, `rows` of them from y on; as many for all lanes of a warp
+  int candidate_col;    // of the own cell, among the candidates
+  bool inside;          // the tile has a column for this thread; otherwise x is its first one
 };
 
 __device__ __forceinline__ Place place_of(const Problem& problem) {
@@ -92,15 +93,20 @@ __device__ __forceinline__ Place place_of(const Problem& problem) {
   const int column = static_cast<int>(threadIdx.x) % kTileWidth;
   place.half = static_cast<int>(threadIdx.x) / kTileWidth;
   place.half_rows = (place.tile_rows + kHalves - 1) / kHalves;
-  place.x = tile_x + column;
   place.y = place.tile_y + place.half * place.half_rows;
   place.rows = max(min(place.half_rows, place.tile_rows - place.half * place.half_rows), 0);
-  place.inside = column < problem.tile_width && place.x < problem.width;
+  place.inside = column < problem.tile_width && tile_x + column < problem.width;
+  place.x = place.inside ? tile_x + column : tile_x;
   place.first_col = cc4s::cell_of(tile_x, problem.width, problem.cols) - 1;
   const int last = min(tile_x + problem.tile_width, problem.width) - 1;
   place.reach = cc4s::cell_of(last, problem.width, problem.cols) + 2 - place.first_col;
-  place.candidate_col = place.inside ? cc4s::cell_of(place.x, problem.width, problem.cols) - place.first_col : 1;
+  place.candidate_col = cc4s::cell_of(place.x, problem.width, problem.cols) - place.first_col;
   return place;
+}
+
+// Of own pixel r in [B, H W].
+__device__ __forceinline__ long long offset_of(const Problem& problem, const Place& place, int r) {
+  return place.image * problem.pixels + static_cast<long long>(place.y + r) * problem.width + place.x;
 }
 
 // A cluster as seen from a cell: 3 (row of cells - own + 1) + column of cells - own + 1.
@@ -110,7 +116,7 @@ __device__ __forceinline__ int candidate_of(const Place& place, int near) {
   return near / 3 * place.reach + place.candidate_col - 1 + near % 3;
 }
 
-// What the candidates of a tile get from its pixels: at most 2^11, with coordinates below 2^20, so that 32 bits hold the sums.
+// What the candidates of a tile get from its pixels: at most 2^11 with coordinates below 2^20; 32 bits hold the sums.
 using Partial = unsigned[kCandidates][kSums][kCopies];
 
 // Pixels of one column and cluster.
@@ -134,7 +140,8 @@ __device__ __forceinline__ void add_run(const Place& place, int near, const Run&
 }
 
 // sums [rows cols, kSums] of the image += those of the tile.
-__device__ __forceinline__ void add_partial(const Problem& problem, const Place& place, const Partial& partial, Wide* sums) {
+__device__ __forceinline__ void add_partial(const Problem& problem, const Place& place, const Partial& partial,
+                                            Wide* sums) {
   for (int i = threadIdx.x; i < 3 * place.reach * kSums; i += kTileThreads) {
     const int candidate = i / kSums, k = i % kSums;
     unsigned total = 0;
@@ -146,8 +153,8 @@ __device__ __forceinline__ void add_partial(const Problem& problem, const Place&
   }
 }
 
-// near: clusters of the own pixels, -1 where masked or outside. Writes labels, and parents: the first pixel of the same cluster
-// among the pixels of the warp in the row. Called by all threads.
+// near: clusters of the own pixels, -1 where masked or outside. Writes labels, and parents: where the run of the pixel's
+// cluster begins in the row, as far as the warp sees. Called by all threads.
 __device__ __forceinline__ void write_labels(const Problem& problem, const Place& place, const int (&near)[kRows],
                                              int* parent, int* labels) {
   const unsigned lane = threadIdx.x % 32;
@@ -159,16 +166,17 @@ __device__ __forceinline__ void write_labels(const Problem& problem, const Place
     const int left = __shfl_up_sync(kAllLanes, label, 1);
     const unsigned starts = __ballot_sync(kAllLanes, lane == 0 || left != label) & (kAllLanes >> (31 - lane));
     if (!place.inside) continue;
-    const long long p = static_cast<long long>(place.y + r) * problem.width + place.x;
-    labels[place.image * problem.pixels + p] = label;
+    const long long offset = offset_of(problem, place, r);
     const int back = static_cast<int>(lane) - (31 - __clz(static_cast<int>(starts)));
-    parent[place.image * problem.pixels + p] = label < 0 ? -1 : static_cast<int>(p - back);
+    labels[offset] = label;
+    parent[offset] = label < 0 ? -1 : static_cast<int>(offset - place.image * problem.pixels) - back;
   }
 }
 
 __device__ __forceinline__ void clear(Wide* values, long long count) {
   const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
-  for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) values[i] = 0;
+  const long long first = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (long long i = first; i < count; i += threads) values[i] = 0;
 }
 
 __device__ __forceinline__ Wide* sums_of(const Problem& problem, const Scratch& scratch, long long round) {
@@ -222,7 +230,7 @@ __global__ void __launch_bounds__(kTileThreads)
       run.b += static_cast<unsigned>(lab.b);
       run.y += static_cast<unsigned>(y);
     }
-    scratch.colors[place.image * problem.pixels + static_cast<long long>(y) * problem.width + place.x] = color;
+    scratch.colors[offset_of(problem, place, r)] = color;
   }
   if (valid != 0) add_run(place, kOwn, run, partial);
   __syncthreads();
@@ -237,7 +245,9 @@ __global__ void __launch_bounds__(kTileThreads)
 __device__ __forceinline__ int rounded_ratio(Wide sum, Wide count) {
   const Wide numerator = 2 * sum + count, denominator = 2 * count;
   // A division of 32 bits takes a third of the time.
-  if (numerator >> 32 == 0) return static_cast<int>(static_cast<unsigned>(numerator) / static_cast<unsigned>(denominator));
+  if (numerator >> 32 == 0) {
+    return static_cast<int>(static_cast<unsigned>(numerator) / static_cast<unsigned>(denominator));
+  }
   return static_cast<int>(numerator / denominator);
 }
 
@@ -245,8 +255,8 @@ __device__ __forceinline__ int weighted_square(long long weight, int d) {
   return static_cast<int>((weight * d * d) >> kWeightShift);
 }
 
-// Steps 4 and 5 once. Reads the sums of `round`, adds to those of the next and clears those of the one after, which nobody
-// reads or adds to meanwhile.
+// Steps 4 and 5 once. Reads the sums of `round`, adds to those of the next round and clears those of the one after, which
+// nobody reads or adds to meanwhile.
 __global__ void __launch_bounds__(kTileThreads)
     assign(Problem problem, Scratch scratch, long long round, bool last, int* __restrict__ labels) {
   const long long clusters = static_cast<long long>(problem.rows) * problem.cols;
@@ -293,7 +303,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int r = 0; r < kRows; ++r) {
     int2 color = make_int2(0, -1);
     if (r < place.rows && place.inside) {
-      color = scratch.colors[place.image * problem.pixels + static_cast<long long>(place.y + r) * problem.width + place.x];
+      color = scratch.colors[offset_of(problem, place, r)];
     }
     l[r] = color.x & 0xffff;
     a[r] = color.x >> 16;
@@ -348,8 +358,8 @@ __global__ void __launch_bounds__(kTileThreads)
 __device__ __forceinline__ int load(const int* at) { return *static_cast<const volatile int*>(at); }
 __device__ __forceinline__ void store(int* at, int value) { *static_cast<volatile int*>(at) = value; }
 
-// The root of i. Shortens the way while others unite: only the parent of a root is ever exchanged for another tree's, so that
-// what is stored here, into no root, is an ancestor of i for good.
+// The root of i. Shortens the way while others unite: what is stored here is an ancestor of i and stays one, and i is no
+// root, where alone `unite` writes.
 __device__ __forceinline__ int find(int* parent, int i) {
   for (;;) {
     const int up = load(parent + i);
@@ -442,6 +452,10 @@ __global__ void __launch_bounds__(kPixelThreads) find_roots(Problem problem, Scr
 __device__ __forceinline__ Wide border_of(int i, int j) {
   return static_cast<Wide>(min(i, j)) << 32 | static_cast<unsigned>(max(i, j));
 }
+// 0 within a region and at masked pixels.
+__device__ __forceinline__ Wide border_between(int valid, int other) {
+  return other < 0 || other == valid ? 0 : border_of(valid, other);
+}
 __device__ __forceinline__ int first_of(Wide border) { return static_cast<int>(border >> 32); }
 __device__ __forceinline__ int second_of(Wide border) { return static_cast<int>(border & 0xffffffffu); }
 
@@ -493,11 +507,8 @@ __global__ void __launch_bounds__(kPixelThreads) find_borders(Problem problem, S
   const int* region = scratch.parent + at.image * problem.pixels + at.p;
   Wide right = 0, down = 0;
   if (at.p < problem.pixels && region[0] >= 0) {
-    if ((at.p + 1) % problem.width != 0 && region[1] >= 0 && region[1] != region[0]) right = border_of(region[0], region[1]);
-    if (at.p + problem.width < problem.pixels) {
-      const int other = region[problem.width];
-      if (other >= 0 && other != region[0]) down = border_of(region[0], other);
-    }
+    if ((at.p + 1) % problem.width != 0) right = border_between(region[0], region[1]);
+    if (at.p + problem.width < problem.pixels) down = border_between(region[0], region[problem.width]);
   }
   if (right != 0) add_border(borders, right, 1);
   // Borders along a row are added once for all their pixels of the warp.
@@ -548,7 +559,8 @@ __device__ __forceinline__ void for_each_region(const Graph& graph, Visit visit)
   }
 }
 
-// A round of step 7 or 8, by all threads: regions up to `limit` in order_of unite with their choice. False if there is none.
+// A round of step 7 or 8, by all threads: regions up to `limit` in order_of unite with their choice; false if there is none.
+// alive: regions left, shared.
 __device__ inline bool merge_round(const Problem& problem, Graph& graph, Wide limit, int& alive) {
   __shared__ unsigned listed;
   const auto is_selected = [&](int region) { return order_of(graph.size[region], region) <= limit; };

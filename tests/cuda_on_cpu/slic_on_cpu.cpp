@@ -11,7 +11,8 @@ void slic_run(const unsigned char* image, const bool* mask, const long long* str
               long long width, long long num_segments, long long compactness, long long iterations, char* memory,
               int* labels, unsigned seed) {
   const slic::Problem problem = slic::problem_of(batch, height, width, num_segments, compactness);
-  const Strides image_at{strides[0], strides[1], strides[2], strides[3]}, mask_at{strides[4], 0, strides[5], strides[6]};
+  const Strides image_at{strides[0], strides[1], strides[2], strides[3]};
+  const Strides mask_at{strides[4], 0, strides[5], strides[6]};
   slic::run(cuda_on_cpu::Launcher(seed), problem, slic::layout_of(problem, memory).scratch, image, image_at, mask,
             mask_at, iterations, labels);
 }

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cc4s_kernels.ops.slic.reference import slic as reference
 from tests.cuda_on_cpu.build import library, memory, pointer
-from tests.ops.tester import generator, strided_copy
 from tests.ops.test_slic import random_mask, textured
+from tests.ops.tester import generator, strided_copy
 
 POISON = 0xA5
 ALIGNMENT = 256

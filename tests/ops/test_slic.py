@@ -18,7 +18,7 @@ from torch import Tensor
 import cc4s_kernels as ck
 from cc4s_kernels import backends
 from cc4s_kernels.ops.slic.reference import lab, lab_tables
-from tests.ops.tester import Inputs, OpTester, generator
+from tests.ops.tester import Inputs, OpTester, devices_of, generator
 
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "smoke_msrc21"
@@ -238,13 +238,15 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-def on_both(image: Tensor, num_segments: int, **options: object) -> Tensor:
+def on_both(image: Tensor, num_segments: int, *, mask: Tensor | None = None, **options: object) -> Tensor:
     """The result of the reference, after comparing every other backend with it."""
     with ck.use_backend("reference"):
-        expected = ck.slic(image, num_segments, **options)  # type: ignore[arg-type]
+        expected = ck.slic(image, num_segments, mask=mask, **options)  # type: ignore[arg-type]
     for name in backends.available("slic"):
+        device = devices_of(name)[0]
         with ck.use_backend(name):
-            assert torch.equal(ck.slic(image, num_segments, **options), expected), name  # type: ignore[arg-type]
+            found = ck.slic(image.to(device), num_segments, mask=None if mask is None else mask.to(device), **options)  # type: ignore[arg-type]
+        assert torch.equal(found.cpu(), expected), name
     return expected
 
 
