@@ -64,8 +64,8 @@ struct Scratch {
 struct Place {
   long long image;
   int band;  // row of cells
-  // The candidates, row by row: columns of cells from first_col on, `reach` of them, of the rows band - 1 to band + 1. Some
-  // may be outside the grid.
+  // The candidates, row by row: `reach` columns of cells from first_col on, of the rows band - 1 to band + 1. Some may
+  // be outside the grid.
   int first_col, reach;
   int tile_y, tile_rows;
   int half, half_rows;  // own half of the tile, and rows of a half; the second may have fewer
@@ -153,8 +153,8 @@ __device__ __forceinline__ void add_partial(const Problem& problem, const Place&
   }
 }
 
-// near: clusters of the own pixels, -1 where masked or outside. Writes labels, and parents: where the run of the pixel's
-// cluster begins in the row, as far as the warp sees. Called by all threads.
+// near: clusters of the own pixels, -1 where masked or outside. Writes labels, and parents: where the run of the
+// pixel's cluster begins in the row, or in the warp. Called by all threads.
 __device__ __forceinline__ void write_labels(const Problem& problem, const Place& place, const int (&near)[kRows],
                                              int* parent, int* labels) {
   const unsigned lane = threadIdx.x % 32;
@@ -255,8 +255,8 @@ __device__ __forceinline__ int weighted_square(long long weight, int d) {
   return static_cast<int>((weight * d * d) >> kWeightShift);
 }
 
-// Steps 4 and 5 once. Reads the sums of `round`, adds to those of the next round and clears those of the one after, which
-// nobody reads or adds to meanwhile.
+// Steps 4 and 5 once. Reads the sums of `round`, adds to those of the next round and clears those of the one after,
+// which nobody reads or adds to meanwhile.
 __global__ void __launch_bounds__(kTileThreads)
     assign(Problem problem, Scratch scratch, long long round, bool last, int* __restrict__ labels) {
   const long long clusters = static_cast<long long>(problem.rows) * problem.cols;
@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(kTileThreads)
 __device__ __forceinline__ int load(const int* at) { return *static_cast<const volatile int*>(at); }
 __device__ __forceinline__ void store(int* at, int value) { *static_cast<volatile int*>(at) = value; }
 
-// The root of i. Shortens the way while others unite: what is stored here is an ancestor of i and stays one, and i is no
-// root, where alone `unite` writes.
+// The root of i. Shortens the way while others unite: what is stored here is an ancestor of i and stays one, and i is
+// no root, where alone `unite` writes.
 __device__ __forceinline__ int find(int* parent, int i) {
   for (;;) {
     const int up = load(parent + i);
@@ -559,8 +559,8 @@ __device__ __forceinline__ void for_each_region(const Graph& graph, Visit visit)
   }
 }
 
-// A round of step 7 or 8, by all threads: regions up to `limit` in order_of unite with their choice; false if there is none.
-// alive: regions left, shared.
+// A round of step 7 or 8, by all threads: regions up to `limit` in order_of unite with their choice; false if there is
+// none. alive: regions left, shared.
 __device__ inline bool merge_round(const Problem& problem, Graph& graph, Wide limit, int& alive) {
   __shared__ unsigned listed;
   const auto is_selected = [&](int region) { return order_of(graph.size[region], region) <= limit; };
