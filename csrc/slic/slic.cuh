@@ -179,8 +179,9 @@ __device__ __forceinline__ void clear(Wide* values, long long count) {
   for (long long i = first; i < count; i += threads) values[i] = 0;
 }
 
-__device__ __forceinline__ Wide* sums_of(const Problem& problem, const Scratch& scratch, long long round) {
-  return scratch.sums + round % 3 * problem.batch * problem.rows * problem.cols * kSums;
+// [B, rows cols, kSums]; turn: of the three, by which round they are read in.
+__device__ __forceinline__ Wide* sums_of(const Problem& problem, const Scratch& scratch, int turn) {
+  return scratch.sums + turn % 3 * problem.batch * problem.rows * problem.cols * kSums;
 }
 
 // The sums that `begin` adds to, and counters.
@@ -255,12 +256,13 @@ __device__ __forceinline__ int weighted_square(long long weight, int d) {
   return static_cast<int>((weight * d * d) >> kWeightShift);
 }
 
-// Steps 4 and 5 once. Reads the sums of `round`, adds to those of the next round and clears those of the one after,
-// which nobody reads or adds to meanwhile.
-__global__ void __launch_bounds__(kTileThreads)
-    assign(Problem problem, Scratch scratch, long long round, bool last, int* __restrict__ labels) {
+// Steps 4 and 5 once. turn: number of the round, modulo 3. Reads the sums of this round, adds to those of the next one
+// and clears those of the one after, which nobody reads or adds to meanwhile. Five blocks on a multiprocessor: up to 96
+// registers, which is what the pixels need.
+__global__ void __launch_bounds__(kTileThreads, 5)
+    assign(Problem problem, Scratch scratch, int turn, bool last, int* __restrict__ labels) {
   const long long clusters = static_cast<long long>(problem.rows) * problem.cols;
-  clear(sums_of(problem, scratch, round + 2), problem.batch * clusters * kSums);
+  clear(sums_of(problem, scratch, turn + 2), problem.batch * clusters * kSums);
   const Place place = place_of(problem);
   if (place.tile_rows == 0) return;
 
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kTileThreads)
   __shared__ int4 row_terms[kCandidates][kHalves][(kRows + 3) / 4];
   __shared__ Partial partial;
   clear_partial(place, partial);
-  const Wide* sums = sums_of(problem, scratch, round) + place.image * clusters * kSums;
+  const Wide* sums = sums_of(problem, scratch, turn) + place.image * clusters * kSums;
   const int candidates = 3 * place.reach;
   for (int i = threadIdx.x; i < candidates * 5; i += kTileThreads) {
     const int candidate = i / 5, k = i % 5;
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   if (current >= 0) add_run(place, current, run, partial);
   __syncthreads();
-  add_partial(problem, place, partial, sums_of(problem, scratch, round + 1) + place.image * clusters * kSums);
+  add_partial(problem, place, partial, sums_of(problem, scratch, turn + 1) + place.image * clusters * kSums);
   if (last) write_labels(problem, place, near, scratch.parent, labels);
 }
 
@@ -663,7 +665,8 @@ __device__ inline int sum_before(int value) {
 }
 
 // Steps 7 to 9, one block for an image: afterwards `roots` has a bit for each segment and `rank` the ids.
-__global__ void __launch_bounds__(kMaxMergeThreads, 1) merge(Problem problem, Scratch scratch, long long rounds) {
+// turn: number of rounds, modulo 3.
+__global__ void __launch_bounds__(kMaxMergeThreads, 1) merge(Problem problem, Scratch scratch, int turn) {
   const long long image = blockIdx.x, base = image * problem.pixels;
   unsigned* roots = scratch.roots + image * problem.words;
   Graph graph{borders_of(problem, scratch, image),
@@ -684,7 +687,7 @@ __global__ void __launch_bounds__(kMaxMergeThreads, 1) merge(Problem problem, Sc
   }
   __syncthreads();
   const long long cells = static_cast<long long>(problem.rows) * problem.cols;
-  const Wide* sums = sums_of(problem, scratch, rounds) + image * cells * kSums;
+  const Wide* sums = sums_of(problem, scratch, turn) + image * cells * kSums;
   for (long long i = threadIdx.x; i < cells; i += blockDim.x) {
     const unsigned count = static_cast<unsigned>(sums[i * kSums]);
     if (count == 0) continue;

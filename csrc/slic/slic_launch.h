@@ -81,7 +81,8 @@ void run(Launch&& launch, const Problem& problem, const Scratch& scratch, const 
   launch(pixels, dim3(kPixelThreads), prepare, problem, scratch);
   launch(tiles, dim3(kTileThreads), begin, problem, scratch, image, image_at, mask, mask_at, iterations == 0, labels);
   for (long long round = 0; round < iterations; ++round) {
-    launch(tiles, dim3(kTileThreads), assign, problem, scratch, round, round + 1 == iterations, labels);
+    const bool last = round + 1 == iterations;
+    launch(tiles, dim3(kTileThreads), assign, problem, scratch, static_cast<int>(round % 3), last, labels);
   }
   launch(pixels, dim3(kPixelThreads), unite_runs, problem, scratch, labels);
   launch(pixels, dim3(kPixelThreads), find_roots, problem, scratch);
@@ -90,7 +91,8 @@ void run(Launch&& launch, const Problem& problem, const Scratch& scratch, const 
   // Whole warps, a thread for 64 pixels.
   const long long warps = problem.pixels / (64 * 32) + 1;
   const dim3 threads(warps < kMaxMergeThreads / 32 ? static_cast<unsigned>(warps) * 32 : kMaxMergeThreads);
-  launch(dim3(static_cast<unsigned>(problem.batch)), threads, merge, problem, scratch, iterations);
+  const dim3 images(static_cast<unsigned>(problem.batch));
+  launch(images, threads, merge, problem, scratch, static_cast<int>(iterations % 3));
   launch(pixels, dim3(kPixelThreads), number, problem, scratch, labels);
 }
 
