@@ -9,8 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/target_clones.h"
@@ -21,9 +22,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kColorBins = 25, kTextureBins = 10;
-constexpr int kColors = 3 * kColorBins, kTextures = 2 * kTextureBins;
-// A node's counters: 75 colours, 20 textures, pixels.
-constexpr int kPixels = kColors + kTextures, kCounters = kPixels + 1;
+// A node's counters stand in four groups of 32: red, green, blue, textures. The rest of a group is 0, but for the
+// last counter of all, which counts the pixels.
+constexpr int kGroup = 32, kTextures = 3 * kGroup, kCounters = 4 * kGroup, kPixels = kCounters - 1;
 
 struct Strides {
   int64_t batch, channel, row, column;
@@ -44,12 +45,16 @@ struct Run {
 
 // What a strip of rows of one image adds; all integers, so that no cut and no order shows in the sums.
 struct Part {
-  std::vector<int32_t> counters;  // [K, 2, 96]: even and odd pixels, so that equal neighbours do not wait for
-                                  // each other; added up into the first half at the end
-  std::vector<uint64_t> edges;    // (i << 32) + j with i < j; may repeat
-  std::vector<Run> runs;          // of all rows of the strip
-  std::vector<size_t> row_ends;   // in runs
+  std::vector<uint16_t> counters;  // [K, 128]
+  std::vector<int32_t> spilled;    // [K, 128]: what would not have fitted; empty where all did
+  std::vector<uint64_t> edges;     // (i << 32) + j with i < j; may repeat
   int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+};
+
+// All of one image: what its parts add up to.
+struct Image {
+  std::vector<int32_t> counters;  // [K, 128]
+  std::vector<uint64_t> edges;    // sorted, each once
 };
 
 // Pairs that were just added, so that the pixels of a border add few copies.
@@ -57,8 +62,11 @@ class PairFilter {
  public:
   PairFilter() : seen_(kSize, 0) {}
 
+  // Pixels without an id have no edge.
   void add(int32_t a, int32_t b, std::vector<uint64_t>& edges) {
-    const uint64_t key = (static_cast<uint64_t>(std::min(a, b)) << 32) + static_cast<uint64_t>(std::max(a, b));
+    const int32_t low = std::min(a, b), high = std::max(a, b);
+    if (low < 0) return;
+    const uint64_t key = (static_cast<uint64_t>(low) << 32) + static_cast<uint64_t>(high);
     uint64_t& place = seen_[(key * 0x9e3779b97f4a7c15u) >> (64 - kBits)];
     if (place == key) return;
     place = key;
@@ -66,16 +74,24 @@ class PairFilter {
   }
 
  private:
-  static constexpr int kBits = 12, kSize = 1 << kBits;
+  static constexpr int kBits = 10, kSize = 1 << kBits;
   std::vector<uint64_t> seen_;  // 0 is no pair
 };
 
 // One row with a margin of one pixel on both sides; `valid` is -1 or 0.
 struct Row {
   std::vector<int32_t> luma, valid, ids;
-  std::vector<Run> runs;  // without those of pixels without an id
+  std::vector<uint8_t> copy;   // of channels that are strided
+  const uint8_t* channels[3];  // [W] each
 
-  explicit Row(int64_t width) : luma(width + 2, 0), valid(width + 2, 0), ids(width + 2, -1) {}
+  explicit Row(int64_t width)
+      : luma(width + 2, 0), valid(width + 2, 0), ids(width + 2, -1), copy(3 * width), channels{} {}
+
+  // Outside the image.
+  void clear() {
+    std::fill(valid.begin(), valid.end(), 0);
+    std::fill(ids.begin(), ids.end(), -1);
+  }
 };
 
 CC4S_TARGET_CLONES
@@ -89,7 +105,8 @@ template <typename Id>
 __attribute__((always_inline)) inline void ids_of(const Id* __restrict from, int64_t width, int64_t nodes,
                                                   int32_t* __restrict ids, int32_t* __restrict valid) {
   for (int64_t x = 0; x < width; ++x) {
-    const bool inside = from[x] >= 0 && static_cast<int64_t>(from[x]) < nodes;
+    // Negative ids are large as unsigned numbers.
+    const bool inside = static_cast<std::make_unsigned_t<Id>>(from[x]) < static_cast<std::make_unsigned_t<Id>>(nodes);
     valid[x] = inside ? -1 : 0;
     ids[x] = inside ? static_cast<int32_t>(from[x]) : -1;
   }
@@ -103,158 +120,239 @@ void ids_of_long(const int64_t* from, int64_t width, int64_t nodes, int32_t* ids
   ids_of(from, width, nodes, ids, valid);
 }
 
-// changes[x] = whether a run ends after x.
+// across[x]: a run ends after x. down[x]: x and the pixel below it are of two ids, other ones than one pixel before.
 CC4S_TARGET_CLONES
-void changes_of(const int32_t* __restrict ids, int64_t width, uint8_t* __restrict changes) {
-  for (int64_t x = 0; x + 1 < width; ++x) changes[x] = ids[x] != ids[x + 1];
-  changes[width - 1] = 1;
+void borders_of(const int32_t* __restrict ids, const int32_t* __restrict below, int64_t width,
+                uint8_t* __restrict across, uint8_t* __restrict down) {
+  for (int64_t x = 0; x < width; ++x) {
+    across[x] = ids[x] != ids[x + 1];
+    down[x] = (ids[x] != below[x]) & ((ids[x] != ids[x - 1]) | (below[x] != below[x - 1]));
+  }
 }
 
-// after - before, twice the one-sided difference where one of the two is not valid. Grows [low, high] by the values
-// of valid pixels.
+// Calls body(x) for every x with flags[x] = 1, all others being 0; 63 flags behind the last are read and must be 0.
+template <typename Body>
+inline void for_each_flag(const std::vector<uint8_t>& flags, int64_t width, const Body& body) {
+  for (int64_t x = 0; x < width; x += 64) {
+    uint64_t bits = 0;
+    for (int k = 0; k < 8; ++k) {
+      uint64_t eight;
+      std::memcpy(&eight, flags.data() + x + 8 * k, sizeof(eight));
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+      eight = __builtin_bswap64(eight);
+#endif
+      // Byte i to bit i.
+      bits |= (eight * 0x0102040810204080u) >> 56 << 8 * k;
+    }
+    for (; bits != 0; bits &= bits - 1) body(static_cast<int32_t>(x + __builtin_ctzll(bits)));
+  }
+}
+
+// The pixels around a row: luma and whether they are valid, -1 or 0.
+struct Lines {
+  const int32_t *above, *above_valid, *luma, *valid, *below, *below_valid;
+
+  Lines(const Row& up, const Row& row, const Row& down)
+      : above(up.luma.data() + 1),
+        above_valid(up.valid.data() + 1),
+        luma(row.luma.data() + 1),
+        valid(row.valid.data() + 1),
+        below(down.luma.data() + 1),
+        below_valid(down.valid.data() + 1) {}
+
+  __attribute__((always_inline)) int32_t across(int64_t x) const {
+    return gradient(luma[x - 1], valid[x - 1], luma[x], luma[x + 1], valid[x + 1]);
+  }
+  __attribute__((always_inline)) int32_t down(int64_t x) const {
+    return gradient(above[x], above_valid[x], luma[x], below[x], below_valid[x]);
+  }
+
+ private:
+  // after - before, twice the one-sided difference where one of the two is not valid.
+  __attribute__((always_inline)) static int32_t gradient(int32_t before, int32_t before_valid, int32_t here,
+                                                         int32_t after, int32_t after_valid) {
+    // Masks instead of conditions, which would keep the loops from vector code.
+    const int32_t step = ((here - before) & before_valid) + ((after - here) & after_valid);
+    return step + (step & ~(before_valid & after_valid));
+  }
+};
+
+// Grows [low, high] by both gradients of the valid pixels of a row.
 CC4S_TARGET_CLONES
-void differences(const int32_t* __restrict luma, const int32_t* __restrict valid, const int32_t* __restrict before,
-                 const int32_t* __restrict before_valid, const int32_t* __restrict after,
-                 const int32_t* __restrict after_valid, int64_t width, int32_t* __restrict out,
-                 int32_t* __restrict range) {
+void grow_range(const Lines& lines, int64_t width, int32_t* range) {
+  const Lines at = lines;
   int32_t low = range[0], high = range[1];
   for (int64_t x = 0; x < width; ++x) {
-    // Masks of 0 and -1 instead of conditions, which would keep this from vector code.
-    const int32_t here = luma[x];
-    const int32_t step = ((here - before[x]) & before_valid[x]) + ((after[x] - here) & after_valid[x]);
-    const int32_t g = step + (step & ~(before_valid[x] & after_valid[x]));
-    out[x] = g;
-    low = std::min(low, (g & valid[x]) | (std::numeric_limits<int32_t>::max() & ~valid[x]));
-    high = std::max(high, (g & valid[x]) | (std::numeric_limits<int32_t>::min() & ~valid[x]));
+    const int32_t a = at.across(x), d = at.down(x), valid = at.valid[x];
+    low = std::min(low, (std::min(a, d) & valid) | (std::numeric_limits<int32_t>::max() & ~valid));
+    high = std::max(high, (std::max(a, d) & valid) | (std::numeric_limits<int32_t>::min() & ~valid));
   }
   range[0] = low;
   range[1] = high;
 }
 
-// The places in a node's counters of both gradients of a pixel, 75 + bin and 85 + bin, in two bytes.
-// bin = (g - low) * 10 // span: numerator and span are below 2^24, and a quotient below k <= 10 is further from k
-// than float32 rounds, so that truncation is exact.
+// Vectors of 32 counters of a byte that have a 1 at one bin each, so that one addition counts one pixel.
+struct OneHot {
+  uint8_t color[64];                                 // the 32 bytes from 31 - bin
+  uint8_t texture[kTextureBins * kTextureBins][32];  // by 10 * bin across + bin down: both, and the pixel
+};
+constexpr OneHot one_hot_tables() {
+  OneHot tables{};
+  tables.color[31] = 1;
+  for (int a = 0; a < kTextureBins; ++a) {
+    for (int d = 0; d < kTextureBins; ++d) {
+      uint8_t* vector = tables.texture[kTextureBins * a + d];
+      vector[a] = vector[kTextureBins + d] = vector[kPixels - kTextures] = 1;
+    }
+  }
+  return tables;
+}
+// No vector of `color` crosses a cache line.
+alignas(64) constexpr OneHot kOneHot = one_hot_tables();
+
+// Offsets in kOneHot.texture. bin = (g - low) * 10 // span: numerator and span are below 2^24, and a quotient below
+// k <= 10 is further from k than float32 rounds, so that truncation is exact.
 CC4S_TARGET_CLONES
-void texture_places(const int32_t* __restrict across, const int32_t* __restrict down, int64_t width, int32_t low,
-                    int32_t span, int32_t* __restrict places) {
+void texture_places(const Lines& lines, int64_t width, int32_t low, int32_t span, uint16_t* places) {
+  const Lines at = lines;
   const float divisor = static_cast<float>(std::max(span, 1));
   const int32_t factor = span > 0 ? kTextureBins : 0;
   for (int64_t x = 0; x < width; ++x) {
     // Gradients of pixels without an id are outside the range; nobody reads their places.
-    const int32_t a = static_cast<int32_t>(static_cast<float>((across[x] - low) * factor) / divisor);
-    const int32_t d = static_cast<int32_t>(static_cast<float>((down[x] - low) * factor) / divisor);
-    places[x] = (kColors + std::min(a, kTextureBins - 1)) |
-                (kColors + kTextureBins + std::min(d, kTextureBins - 1)) << 8;
+    const int32_t a = static_cast<int32_t>(static_cast<float>((at.across(x) - low) * factor) / divisor);
+    const int32_t d = static_cast<int32_t>(static_cast<float>((at.down(x) - low) * factor) / divisor);
+    const int32_t pair = kTextureBins * std::min(a, kTextureBins - 1) + std::min(d, kTextureBins - 1);
+    places[x] = static_cast<uint16_t>(pair * 32);
   }
 }
 
-// The places of the three colours of a pixel, in three bytes: 25 c + min(24, v * 25 // 255).
+// Offsets in kOneHot.color: 31 - min(24, v * 25 // 255), where the minimum does nothing but to put 255 to 254.
 CC4S_TARGET_CLONES
-void color_places(const uint8_t* __restrict red, const uint8_t* __restrict green, const uint8_t* __restrict blue,
-                  int64_t width, int32_t* __restrict places) {
-  // n * 32897 >> 23 is n // 255 for n below 2^16.
-  const auto bin = [](int32_t v) { return std::min(v * kColorBins * 32897 >> 23, kColorBins - 1); };
+void color_places(const uint8_t* __restrict values, int64_t width, uint8_t* __restrict places) {
   for (int64_t x = 0; x < width; ++x) {
-    places[x] = bin(red[x]) | (kColorBins + bin(green[x])) << 8 | (2 * kColorBins + bin(blue[x])) << 16;
+    const uint16_t n = static_cast<uint16_t>(std::min<uint8_t>(values[x], 254) * kColorBins);
+    // (n + 1 + n // 256) // 256 is n // 255 for n below 2^16 - 1.
+    const uint16_t bin = static_cast<uint16_t>((n + 1 + (n >> 8)) >> 8);
+    places[x] = static_cast<uint8_t>(31 - bin);
   }
 }
 
-// Counts the `bytes` places of each pixel of a run.
-template <int bytes>
-inline void count_places(const int32_t* places, const Run& run, int32_t* counters) {
-  int32_t* const odd = counters + kCounters;
-  int32_t x = run.begin;
-  for (; x + 2 <= run.end; x += 2) {
-    const int32_t a = places[x], b = places[x + 1];
-    for (int byte = 0; byte < bytes; ++byte) {
-      ++counters[(a >> 8 * byte) & 0xff];
-      ++odd[(b >> 8 * byte) & 0xff];
+struct Places {
+  std::vector<uint8_t> red, green, blue;
+  std::vector<uint16_t> texture;
+
+  explicit Places(int64_t width) : red(width), green(width), blue(width), texture(width) {}
+};
+
+// Makes room in the 16-bit counters of a node.
+void spill(int64_t id, Part& part) {
+  if (part.spilled.empty()) part.spilled.assign(part.counters.size(), 0);
+  for (int64_t i = id * kCounters; i < (id + 1) * kCounters; ++i) {
+    part.spilled[i] += part.counters[i];
+    part.counters[i] = 0;
+  }
+}
+
+// Counts the pixels of the runs of one row.
+CC4S_TARGET_CLONES
+void count_runs(const Places& places, const std::vector<Run>& runs, Part& part) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  // Counters of a byte are full after so many pixels.
+  constexpr int32_t kFull = std::numeric_limits<uint8_t>::max();
+  const uint8_t *red = places.red.data(), *green = places.green.data(), *blue = places.blue.data();
+  const uint16_t* texture = places.texture.data();
+  const uint8_t* textures = kOneHot.texture[0];
+  uint16_t* const counters = part.counters.data();
+  for (const Run& run : runs) {
+    uint16_t* node = counters + int64_t{run.id} * kCounters;
+    for (int32_t x = run.begin; x < run.end;) {
+      if (node[kPixels] > std::numeric_limits<uint16_t>::max() - kFull) spill(run.id, part);
+      Bytes sums[4] = {};
+      for (const int32_t end = std::min(run.end, x + kFull); x < end; ++x) {
+        Bytes ones[4];
+        std::memcpy(&ones[0], kOneHot.color + red[x], sizeof(Bytes));
+        std::memcpy(&ones[1], kOneHot.color + green[x], sizeof(Bytes));
+        std::memcpy(&ones[2], kOneHot.color + blue[x], sizeof(Bytes));
+        std::memcpy(&ones[3], textures + texture[x], sizeof(Bytes));
+        for (int k = 0; k < 4; ++k) sums[k] += ones[k];
+      }
+      uint8_t bytes[kCounters];
+      std::memcpy(bytes, sums, sizeof(bytes));
+      for (int i = 0; i < kCounters; ++i) node[i] += bytes[i];
     }
   }
-  if (x < run.end) {
-    for (int byte = 0; byte < bytes; ++byte) ++counters[(places[x] >> 8 * byte) & 0xff];
-  }
 }
 
-// The rows of one strip: first everything but the textures, which wait for the range of the whole image.
+// The rows of one strip: first the range of the gradients, then, with that of the whole image, all else.
 class StripPass {
  public:
   explicit StripPass(const Problem& problem)
       : p_(problem),
         rows_{Row(problem.width), Row(problem.width), Row(problem.width)},
-        channels_(3 * problem.width),
         wide_ids_(problem.width),
-        changes_(problem.width + 8, 0),
+        across_(problem.width + 64, 0),
+        down_(problem.width + 64, 0),
         places_(problem.width) {}
 
-  // gradients: [2, H, W] of the image, the rows from `begin` to `end` are written.
-  void colors_and_edges(int64_t b, int64_t begin, int64_t end, Part& part, int32_t* gradients) {
-    part.counters.assign(static_cast<size_t>(p_.nodes * 2 * kCounters), 0);
+  void range(int64_t b, int64_t begin, int64_t end, Part& part) {
     int32_t range[2] = {part.low, part.high};
-    PairFilter filter;
-    Row *above = &rows_[0], *row = &rows_[1], *below = &rows_[2];
-    const uint8_t* channels[3];
-    const uint8_t* next_channels[3];
-    if (begin > 0) {
-      read(b, begin - 1, *above, channels);
-    } else {
-      clear(*above);
-    }
-    read(b, begin, *row, next_channels);
-    for (int64_t y = begin; y < end; ++y) {
-      // With strides, the channels of a row are in a buffer that the next row overwrites: first the colours.
-      std::copy(next_channels, next_channels + 3, channels);
-      count_colors(*row, channels, part);
-      part.runs.insert(part.runs.end(), row->runs.begin(), row->runs.end());
-      part.row_ends.push_back(part.runs.size());
-      if (y + 1 < p_.height) {
-        read(b, y + 1, *below, next_channels);
-      } else {
-        clear(*below);
-      }
-      add_edges(*row, *below, filter, part.edges);
-      const int32_t *luma = row->luma.data() + 1, *valid = row->valid.data() + 1;
-      int32_t* to = gradients + y * p_.width;
-      differences(luma, valid, luma - 1, valid - 1, luma + 1, valid + 1, p_.width, to, range);
-      differences(luma, valid, above->luma.data() + 1, above->valid.data() + 1, below->luma.data() + 1,
-                  below->valid.data() + 1, p_.width, to + p_.height * p_.width, range);
-      Row* free = above;
-      above = row;
-      row = below;
-      below = free;
-    }
+    for_each_row(b, begin, end, [&](const Row& above, const Row& row, const Row& below) {
+      grow_range(Lines(above, row, below), p_.width, range);
+    });
     part.low = range[0];
     part.high = range[1];
   }
 
-  void textures(int64_t begin, int64_t end, int32_t low, int32_t span, Part& part, const int32_t* gradients) {
-    size_t i = 0;
-    for (int64_t y = begin; y < end; ++y) {
-      texture_places(gradients + y * p_.width, gradients + (p_.height + y) * p_.width, p_.width, low, span,
-                     places_.data());
-      for (; i < part.row_ends[y - begin]; ++i) {
-        const Run& run = part.runs[i];
-        count_places<2>(places_.data(), run, part.counters.data() + int64_t{run.id} * 2 * kCounters);
-      }
-    }
+  void counts_and_edges(int64_t b, int64_t begin, int64_t end, int32_t low, int32_t span, Part& part) {
+    part.counters.assign(static_cast<size_t>(p_.nodes * kCounters), 0);
+    PairFilter filter;
+    for_each_row(b, begin, end, [&](const Row& above, const Row& row, const Row& below) {
+      const int32_t *ids = row.ids.data() + 1, *next = below.ids.data() + 1;
+      borders_of(ids, next, p_.width, across_.data(), down_.data());
+      runs_.clear();
+      int32_t start = 0;
+      // The last run ends with a flag too, unless it has no id.
+      for_each_flag(across_, p_.width, [&](int32_t x) {
+        if (ids[x] >= 0) runs_.push_back({start, x + 1, ids[x]});
+        filter.add(ids[x], ids[x + 1], part.edges);
+        start = x + 1;
+      });
+      for_each_flag(down_, p_.width, [&](int32_t x) { filter.add(ids[x], next[x], part.edges); });
+
+      texture_places(Lines(above, row, below), p_.width, low, span, places_.texture.data());
+      color_places(row.channels[0], p_.width, places_.red.data());
+      color_places(row.channels[1], p_.width, places_.green.data());
+      color_places(row.channels[2], p_.width, places_.blue.data());
+      count_runs(places_, runs_, part);
+    });
   }
 
  private:
-  void clear(Row& row) {
-    std::fill(row.valid.begin(), row.valid.end(), 0);
-    row.runs.clear();
+  // Calls body(row above, row, row below).
+  template <typename Body>
+  void for_each_row(int64_t b, int64_t begin, int64_t end, const Body& body) {
+    Row *above = &rows_[0], *row = &rows_[1], *below = &rows_[2];
+    read(b, begin - 1, *above);
+    read(b, begin, *row);
+    for (int64_t y = begin; y < end; ++y) {
+      read(b, y + 1, *below);
+      body(*above, *row, *below);
+      std::swap(above, row);
+      std::swap(row, below);
+    }
   }
 
-  void read(int64_t b, int64_t y, Row& row, const uint8_t** channels) {
+  void read(int64_t b, int64_t y, Row& row) {
+    if (y < 0 || y >= p_.height) return row.clear();
     for (int c = 0; c < 3; ++c) {
       const uint8_t* from = p_.image + b * p_.image_at.batch + c * p_.image_at.channel + y * p_.image_at.row;
-      channels[c] = from;
+      row.channels[c] = from;
       if (p_.image_at.column == 1) continue;
-      uint8_t* to = channels_.data() + c * p_.width;
+      uint8_t* to = row.copy.data() + c * p_.width;
       for (int64_t x = 0; x < p_.width; ++x) to[x] = from[x * p_.image_at.column];
-      channels[c] = to;
+      row.channels[c] = to;
     }
-    luma_of(channels[0], channels[1], channels[2], p_.width, row.luma.data() + 1);
+    luma_of(row.channels[0], row.channels[1], row.channels[2], p_.width, row.luma.data() + 1);
     read_ids(b, y, row);
   }
 
@@ -272,75 +370,55 @@ class StripPass {
     } else {
       ids_of_int(static_cast<const int32_t*>(p_.superpixels) + at, p_.width, p_.nodes, ids, valid);
     }
-    row.runs.clear();
-    changes_of(ids, p_.width, changes_.data());
-    const int32_t width = static_cast<int32_t>(p_.width);
-    for (int32_t begin = 0, x = 0; x < width;) {
-      // Eight pixels at once; the margin behind the row is 0.
-      uint64_t eight;
-      std::memcpy(&eight, changes_.data() + x, sizeof(eight));
-      if (eight == 0) {
-        x += 8;
-        continue;
-      }
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-      x += __builtin_ctzll(eight) / 8;
-#else
-      while (changes_[x] == 0) ++x;
-#endif
-      ++x;
-      if (ids[begin] >= 0) row.runs.push_back({begin, x, ids[begin]});
-      begin = x;
-    }
-  }
-
-  void count_colors(const Row& row, const uint8_t* const* channels, Part& part) {
-    color_places(channels[0], channels[1], channels[2], p_.width, places_.data());
-    for (const Run& run : row.runs) {
-      int32_t* counters = part.counters.data() + int64_t{run.id} * 2 * kCounters;
-      counters[kPixels] += run.end - run.begin;
-      count_places<3>(places_.data(), run, counters);
-    }
-  }
-
-  static void add_edges(const Row& row, const Row& below, PairFilter& filter, std::vector<uint64_t>& edges) {
-    for (size_t i = 1; i < row.runs.size(); ++i) {
-      if (row.runs[i - 1].end == row.runs[i].begin) filter.add(row.runs[i - 1].id, row.runs[i].id, edges);
-    }
-    for (size_t i = 0, j = 0; i < row.runs.size() && j < below.runs.size();) {
-      const Run &up = row.runs[i], &down = below.runs[j];
-      const bool touch = std::max(up.begin, down.begin) < std::min(up.end, down.end);
-      if (touch && up.id != down.id) filter.add(up.id, down.id, edges);
-      // Both indices move from the ends as they were.
-      const int32_t end = std::min(up.end, down.end);
-      const bool step_up = up.end == end, step_down = down.end == end;
-      i += step_up;
-      j += step_down;
-    }
   }
 
   const Problem& p_;
   Row rows_[3];
-  std::vector<uint8_t> channels_;
   std::vector<int64_t> wide_ids_;
-  std::vector<uint8_t> changes_;
-  std::vector<int32_t> places_;
+  std::vector<uint8_t> across_, down_;
+  std::vector<Run> runs_;  // of one row, without those of pixels without an id
+  Places places_;
 };
 
-// Sum of squared differences of two histograms over their pixel counts.
+// The edges of all parts of an image, sorted, each once.
+std::vector<uint64_t> sorted_edges(const Part* parts, int64_t count, int64_t nodes) {
+  // Sorted by the first id by counting, then the few of each first id by the second.
+  std::vector<size_t> offset(static_cast<size_t>(nodes + 1), 0);
+  for (int64_t s = 0; s < count; ++s) {
+    for (const uint64_t edge : parts[s].edges) ++offset[(edge >> 32) + 1];
+  }
+  for (int64_t k = 0; k < nodes; ++k) offset[k + 1] += offset[k];
+  std::vector<uint64_t> edges(offset[nodes]);
+  std::vector<size_t> next(offset.begin(), offset.end() - 1);
+  for (int64_t s = 0; s < count; ++s) {
+    for (const uint64_t edge : parts[s].edges) edges[next[edge >> 32]++] = edge;
+  }
+  for (int64_t k = 0; k < nodes; ++k) std::sort(edges.begin() + offset[k], edges.begin() + offset[k + 1]);
+  edges.erase(std::unique(edges.begin(), edges.end()), edges.end());
+  return edges;
+}
+
+// Counters of nodes [begin, end) of all parts of an image.
+CC4S_TARGET_CLONES
+void add_counters(const Part* parts, int64_t count, int64_t begin, int64_t end, int32_t* out) {
+  for (int64_t s = 0; s < count; ++s) {
+    const uint16_t* counters = parts[s].counters.data();
+    for (int64_t i = begin * kCounters; i < end * kCounters; ++i) out[i] = counters[i] + (s > 0 ? out[i] : 0);
+    if (parts[s].spilled.empty()) continue;
+    const int32_t* spilled = parts[s].spilled.data();
+    for (int64_t i = begin * kCounters; i < end * kCounters; ++i) out[i] += spilled[i];
+  }
+}
+
+// Sum of squared differences of two histograms over their pixel counts; `count` is a multiple of 4.
 __attribute__((always_inline)) inline double squared_distance(const int32_t* __restrict a, double a_scale,
                                                               const int32_t* __restrict b, double b_scale, int count) {
   double sums[4] = {};
-  int s = 0;
-  for (; s + 4 <= count; s += 4) {
+  for (int s = 0; s < count; s += 4) {
     for (int k = 0; k < 4; ++k) {
       const double d = a[s + k] * a_scale - b[s + k] * b_scale;
       sums[k] += d * d;
     }
-  }
-  for (; s < count; ++s) {
-    const double d = a[s] * a_scale - b[s] * b_scale;
-    sums[0] += d * d;
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -349,10 +427,11 @@ CC4S_TARGET_CLONES
 void log_likeness(const uint64_t* edges, int64_t count, const int32_t* counters, double* out) {
   for (int64_t e = 0; e < count; ++e) {
     const int64_t i = static_cast<int64_t>(edges[e] >> 32), j = static_cast<int64_t>(edges[e] & 0xffffffffu);
-    const int32_t *a = counters + i * 2 * kCounters, *b = counters + j * 2 * kCounters;
+    const int32_t *a = counters + i * kCounters, *b = counters + j * kCounters;
     const double a_scale = 1.0 / a[kPixels], b_scale = 1.0 / b[kPixels];
-    const double color = squared_distance(a, a_scale, b, b_scale, kColors);
-    const double texture = squared_distance(a + kColors, a_scale, b + kColors, b_scale, kTextures);
+    const double color = squared_distance(a, a_scale, b, b_scale, kTextures);
+    const double texture =
+        squared_distance(a + kTextures, a_scale, b + kTextures, b_scale, 2 * kTextureBins);
     out[e] = -5.0 * (std::sqrt(color) / 25.0 + std::sqrt(texture) / 100.0);
   }
 }
@@ -378,8 +457,7 @@ Problem problem_of(const Tensor& image, const Tensor& superpixels, int64_t nodes
           superpixels.const_data_ptr(), type == ScalarType::Long, strides_of(superpixels)};
 }
 
-// One part for each image, with all its histograms and its edges, sorted, each once.
-std::vector<Part> parts_of(const Problem& problem) {
+std::vector<Image> images_of(const Problem& problem) {
   const int64_t height = problem.height, pixels = height * problem.width;
   // Strips only where there are fewer images than threads, and where their histograms are small.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
@@ -388,45 +466,34 @@ std::vector<Part> parts_of(const Problem& problem) {
                                                      std::clamp<int64_t>(height / 16, 1, 16))
                                : 1;
   std::vector<Part> parts(static_cast<size_t>(problem.batch * strips));
-  // Not cleared: all that is read is written before.
-  const std::unique_ptr<int32_t[]> gradients(new int32_t[static_cast<size_t>(problem.batch * 2 * pixels)]);
   const auto for_each_strip = [&](const auto& body) {
-    torch::stable::parallel_for(0, problem.batch * strips, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, problem.batch * strips, 1, [&](int64_t first, int64_t last) {
       StripPass pass(problem);
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = first; i < last; ++i) {
         const int64_t b = i / strips, s = i % strips;
-        body(pass, b, s * height / strips, (s + 1) * height / strips, parts[i], gradients.get() + b * 2 * pixels);
+        body(pass, b, s * height / strips, (s + 1) * height / strips, parts[i]);
       }
     });
   };
-  for_each_strip([&](StripPass& pass, int64_t b, int64_t begin, int64_t end, Part& part, int32_t* g) {
-    pass.colors_and_edges(b, begin, end, part, g);
+  for_each_strip([&](StripPass& pass, int64_t b, int64_t begin, int64_t end, Part& part) {
+    pass.range(b, begin, end, part);
   });
-  for_each_strip([&](StripPass& pass, int64_t b, int64_t begin, int64_t end, Part& part, const int32_t* g) {
+  for_each_strip([&](StripPass& pass, int64_t b, int64_t begin, int64_t end, Part& part) {
     int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
     for (int64_t s = 0; s < strips; ++s) {
       low = std::min(low, parts[b * strips + s].low);
       high = std::max(high, parts[b * strips + s].high);
     }
-    // Without a valid pixel nothing is counted.
-    if (low <= high) pass.textures(begin, end, low, high - low, part, g);
+    // Without a valid pixel there is no range, and nothing to count.
+    const bool any = low <= high;
+    pass.counts_and_edges(b, begin, end, any ? low : 0, any ? high - low : 0, part);
   });
-  std::vector<Part> images(static_cast<size_t>(problem.batch));
-  torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      Part& all = images[b];
-      all = std::move(parts[b * strips]);
-      for (int64_t s = 1; s < strips; ++s) {
-        const Part& part = parts[b * strips + s];
-        for (size_t i = 0; i < all.counters.size(); ++i) all.counters[i] += part.counters[i];
-        all.edges.insert(all.edges.end(), part.edges.begin(), part.edges.end());
-      }
-      for (int64_t k = 0; k < problem.nodes; ++k) {
-        int32_t* even = all.counters.data() + k * 2 * kCounters;
-        for (int i = 0; i < kCounters; ++i) even[i] += even[kCounters + i];
-      }
-      std::sort(all.edges.begin(), all.edges.end());
-      all.edges.erase(std::unique(all.edges.begin(), all.edges.end()), all.edges.end());
+  std::vector<Image> images(static_cast<size_t>(problem.batch));
+  torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      images[b].counters.resize(static_cast<size_t>(problem.nodes * kCounters));
+      add_counters(&parts[b * strips], strips, 0, problem.nodes, images[b].counters.data());
+      images[b].edges = sorted_edges(&parts[b * strips], strips, problem.nodes);
     }
   });
   return images;
@@ -443,32 +510,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
   Tensor num_edges = torch::stable::empty({problem.batch}, ScalarType::Long);
   Tensor counts = torch::stable::empty({problem.batch, num_superpixels}, ScalarType::Long);
   if (problem.batch == 0) return {edge_index, weight, num_edges, counts};
-  const std::vector<Part> images = parts_of(problem);
+  const std::vector<Image> images = images_of(problem);
   int64_t* to_index = edge_index.mutable_data_ptr<int64_t>();
   float* to_weight = weight.mutable_data_ptr<float>();
   int64_t* to_number = num_edges.mutable_data_ptr<int64_t>();
   int64_t* to_counts = counts.mutable_data_ptr<int64_t>();
   torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const Part& part = images[b];
-      const int64_t found = static_cast<int64_t>(part.edges.size()), stored = std::min(found, max_edges);
+      const std::vector<uint64_t>& edges = images[b].edges;
+      const int32_t* counters = images[b].counters.data();
+      const int64_t found = static_cast<int64_t>(edges.size()), stored = std::min(found, max_edges);
       to_number[b] = found;
       for (int64_t k = 0; k < num_superpixels; ++k) {
-        to_counts[b * num_superpixels + k] = part.counters[k * 2 * kCounters + kPixels];
+        to_counts[b * num_superpixels + k] = counters[k * kCounters + kPixels];
       }
       int64_t *first = to_index + b * 2 * max_edges, *second = first + max_edges;
       float* weights = to_weight + b * max_edges;
       std::fill(first, second + max_edges, int64_t{0});
       for (int64_t e = 0; e < stored; ++e) {
-        first[e] = static_cast<int64_t>(part.edges[e] >> 32);
-        second[e] = static_cast<int64_t>(part.edges[e] & 0xffffffffu);
+        first[e] = static_cast<int64_t>(edges[e] >> 32);
+        second[e] = static_cast<int64_t>(edges[e] & 0xffffffffu);
       }
       // Edges without a place: no silent loss, the energy becomes NaN.
       const bool poisoned = found > max_edges;
       std::fill(weights, weights + max_edges, poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
       if (poisoned || found == 0) continue;
       std::vector<double> w(static_cast<size_t>(found));
-      log_likeness(part.edges.data(), found, part.counters.data(), w.data());
+      log_likeness(edges.data(), found, counters, w.data());
       for (double& value : w) value = std::exp(value);
       const double lowest = *std::min_element(w.begin(), w.end());
       for (double& value : w) value = std::max(value - 0.8 * lowest, 0.0);
@@ -483,20 +551,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
 std::tuple<Tensor, Tensor, Tensor> color_histograms(const Tensor& image, const Tensor& superpixels,
                                                     int64_t num_superpixels) {
   const Problem problem = problem_of(image, superpixels, num_superpixels);
-  Tensor color = torch::stable::empty({problem.batch, num_superpixels, kColors}, ScalarType::Long);
-  Tensor texture = torch::stable::empty({problem.batch, num_superpixels, kTextures}, ScalarType::Long);
+  Tensor color = torch::stable::empty({problem.batch, num_superpixels, 3 * kColorBins}, ScalarType::Long);
+  Tensor texture = torch::stable::empty({problem.batch, num_superpixels, 2 * kTextureBins}, ScalarType::Long);
   Tensor counts = torch::stable::empty({problem.batch, num_superpixels}, ScalarType::Long);
   if (problem.batch == 0) return {color, texture, counts};
-  const std::vector<Part> images = parts_of(problem);
   int64_t* to_color = color.mutable_data_ptr<int64_t>();
   int64_t* to_texture = texture.mutable_data_ptr<int64_t>();
   int64_t* to_counts = counts.mutable_data_ptr<int64_t>();
-  for (const Part& part : images) {
+  for (const Image& found : images_of(problem)) {
     for (int64_t k = 0; k < num_superpixels; ++k) {
-      const int32_t* counters = part.counters.data() + k * 2 * kCounters;
-      to_color = std::copy(counters, counters + kColors, to_color);
-      to_texture = std::copy(counters + kColors, counters + kPixels, to_texture);
-      *to_counts++ = counters[kPixels];
+      const int32_t* node = found.counters.data() + k * kCounters;
+      for (int c = 0; c < 3; ++c) to_color = std::copy_n(node + c * kGroup, kColorBins, to_color);
+      to_texture = std::copy_n(node + kTextures, 2 * kTextureBins, to_texture);
+      *to_counts++ = node[kPixels];
     }
   }
   return {color, texture, counts};
