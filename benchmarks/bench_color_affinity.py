@@ -14,6 +14,8 @@ from benchmarks.photograph import photograph
 from cc4s_kernels.ops.color_affinity.reference import planar_edges
 
 OP = "color_affinity"
+# (100, 20): the bin across and the bin down of each pair of bins.
+PAIR_BINS = np.concatenate([np.repeat(np.eye(10), 10, 0), np.tile(np.eye(10), (10, 1))], 1)
 # The crop and the number of superpixels of the training recipe.
 SIZES = ({"B": 1, "H": 465, "W": 465, "K": 800},)
 
@@ -39,41 +41,56 @@ def inputs(case: Case) -> tuple[Tensor, Tensor]:
 def numpy_graph(image: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One image (3, H, W) whose pixels all have an id (H, W): the definition in vectorised NumPy.
 
+    Written for speed: 32-bit integers, in place where that helps, counts over combined indices, and flags of all pairs
+    of ids instead of a sort of the pairs that touch.
+
     Returns: edges (2, n) sorted, their weights, the pixels of each superpixel.
     """
-    red, green, blue = image.astype(np.int32)
-    luma = 299 * red + 587 * green + 114 * blue
+    levels = image.astype(np.int32)
+    luma = 299 * levels[0] + 587 * levels[1] + 114 * levels[2]
     gradient = np.empty((2, *luma.shape), np.int32)
-    for g, y in ((gradient[0], luma), (gradient[1].T, luma.T)):
-        g[:, 1:-1] = y[:, 2:] - y[:, :-2]
-        g[:, 0] = 2 * (y[:, 1] - y[:, 0])
-        g[:, -1] = 2 * (y[:, -1] - y[:, -2])
+    across, down = gradient
+    np.subtract(luma[:, 2:], luma[:, :-2], out=across[:, 1:-1])
+    across[:, 0], across[:, -1] = 2 * (luma[:, 1] - luma[:, 0]), 2 * (luma[:, -1] - luma[:, -2])
+    np.subtract(luma[2:], luma[:-2], out=down[1:-1])
+    down[0], down[-1] = 2 * (luma[1] - luma[0]), 2 * (luma[-1] - luma[-2])
     low = gradient.min()
     span = max(int(gradient.max() - low), 1)
     gradient -= low
     gradient *= 10
-    texture = np.minimum(gradient // np.int32(span), 9)
-    # A table of 256 bins instead of divisions.
-    color = np.minimum(np.arange(256) * 25 // 255, 24).astype(np.int32)[image]
-
-    # One count over both textures, whose sums are the two histograms; three over the colours.
-    pairs = np.bincount((ids * 100 + texture[0] * 10 + texture[1]).ravel(), minlength=100 * k).reshape(k, 10, 10)
-    counts = pairs.sum((1, 2))
+    gradient //= np.int32(span)
+    np.minimum(gradient, 9, out=gradient)
+    # One count for both gradients; its sums over either one are the histograms.
+    across *= 10
+    across += down
+    across += ids * 100
+    pairs = np.bincount(across.ravel(), minlength=100 * k).reshape(k, 100)
+    h_texture = pairs.astype(np.float64) @ PAIR_BINS
+    levels *= 25
+    levels //= np.int32(255)
+    np.minimum(levels, 24, out=levels)
+    levels += ids * 25
+    h_color = np.concatenate([np.bincount(c.ravel(), minlength=25 * k).reshape(k, 25) for c in levels], 1)
+    counts = h_color[:, :25].sum(1)
     share = 1 / np.maximum(counts, 1)[:, None]
-    node = ids * 25
-    h_color = np.concatenate([np.bincount((node + c).ravel(), minlength=25 * k).reshape(k, 25) for c in color], 1)
-    h_texture = np.concatenate([pairs.sum(2), pairs.sum(1)], 1) * share
-    h_color = h_color * share
+    h_color, h_texture = h_color * share, h_texture * share
 
-    keys = []
-    for a, b in ((ids[:, 1:], ids[:, :-1]), (ids[1:], ids[:-1])):
-        border = a != b
-        a, b = a[border], b[border]
-        keys.append(np.minimum(a, b) * k + np.maximum(a, b))
-    i, j = np.divmod(np.unique(np.concatenate(keys)), k)
-    d_color, d_texture = h_color[i] - h_color[j], h_texture[i] - h_texture[j]
-    distance = np.sqrt(np.einsum("es,es->e", d_color, d_color)) / 25
-    distance += np.sqrt(np.einsum("es,es->e", d_texture, d_texture)) / 100
+    touch, row = np.zeros(k * k, bool), ids.ravel()
+    for step in (1, ids.shape[1]):
+        first, second = row[step:], row[:-step]
+        border = first != second
+        if step == 1:
+            # The end of a row and the start of the next do not touch.
+            border[ids.shape[1] - 1 :: ids.shape[1]] = False
+        at = np.flatnonzero(border)
+        first, second = first[at], second[at]
+        touch[np.minimum(first, second) * k + np.maximum(first, second)] = True
+    i, j = np.divmod(np.flatnonzero(touch), k)
+    color, texture = h_color.take(i, 0), h_texture.take(i, 0)
+    color -= h_color.take(j, 0)
+    texture -= h_texture.take(j, 0)
+    distance = np.sqrt(np.einsum("es,es->e", color, color)) / 25
+    distance += np.sqrt(np.einsum("es,es->e", texture, texture)) / 100
     w = np.exp(-5 * distance)
     u = np.maximum(w - 0.8 * w.min(), 0)
     return np.stack([i, j]), 0.8 * u / u.max(), counts

@@ -78,20 +78,16 @@ class PairFilter {
   std::vector<uint64_t> seen_;  // 0 is no pair
 };
 
-// One row with a margin of one pixel on both sides; `valid` is -1 or 0.
+// One row with a margin of one pixel on both sides.
 struct Row {
-  std::vector<int32_t> luma, valid, ids;
+  std::vector<int32_t> luma, ids;
+  bool inside;                 // the image
+  bool whole;                  // every pixel has an id, or the row is not inside
   std::vector<uint8_t> copy;   // of channels that are strided
   const uint8_t* channels[3];  // [W] each
 
   explicit Row(int64_t width)
-      : luma(width + 2, 0), valid(width + 2, 0), ids(width + 2, -1), copy(3 * width), channels{} {}
-
-  // Outside the image.
-  void clear() {
-    std::fill(valid.begin(), valid.end(), 0);
-    std::fill(ids.begin(), ids.end(), -1);
-  }
+      : luma(width + 2, 0), ids(width + 2, -1), inside(false), whole(true), copy(3 * width), channels{} {}
 };
 
 CC4S_TARGET_CLONES
@@ -100,24 +96,28 @@ void luma_of(const uint8_t* __restrict red, const uint8_t* __restrict green, con
   for (int64_t x = 0; x < width; ++x) luma[x] = 299 * red[x] + 587 * green[x] + 114 * blue[x];
 }
 
-// Ids out of range become -1.
+// Ids out of range become -1. Returns whether there was none.
 template <typename Id>
-__attribute__((always_inline)) inline void ids_of(const Id* __restrict from, int64_t width, int64_t nodes,
-                                                  int32_t* __restrict ids, int32_t* __restrict valid) {
+__attribute__((always_inline)) inline bool ids_of(const Id* __restrict from, int64_t width, int64_t nodes,
+                                                  int32_t* __restrict ids) {
+  using Unsigned = std::make_unsigned_t<Id>;
+  const Unsigned limit = static_cast<Unsigned>(nodes);
+  int32_t whole = -1;
   for (int64_t x = 0; x < width; ++x) {
     // Negative ids are large as unsigned numbers.
-    const bool inside = static_cast<std::make_unsigned_t<Id>>(from[x]) < static_cast<std::make_unsigned_t<Id>>(nodes);
-    valid[x] = inside ? -1 : 0;
-    ids[x] = inside ? static_cast<int32_t>(from[x]) : -1;
+    const int32_t inside = static_cast<Unsigned>(from[x]) < limit ? -1 : 0;
+    ids[x] = static_cast<int32_t>(from[x]) | ~inside;
+    whole &= inside;
   }
+  return whole != 0;
 }
 CC4S_TARGET_CLONES
-void ids_of_int(const int32_t* from, int64_t width, int64_t nodes, int32_t* ids, int32_t* valid) {
-  ids_of(from, width, nodes, ids, valid);
+bool ids_of_int(const int32_t* from, int64_t width, int64_t nodes, int32_t* ids) {
+  return ids_of(from, width, nodes, ids);
 }
 CC4S_TARGET_CLONES
-void ids_of_long(const int64_t* from, int64_t width, int64_t nodes, int32_t* ids, int32_t* valid) {
-  ids_of(from, width, nodes, ids, valid);
+bool ids_of_long(const int64_t* from, int64_t width, int64_t nodes, int32_t* ids) {
+  return ids_of(from, width, nodes, ids);
 }
 
 // across[x]: a run ends after x. down[x]: x and the pixel below it are of two ids, other ones than one pixel before.
@@ -148,48 +148,73 @@ inline void for_each_flag(const std::vector<uint8_t>& flags, int64_t width, cons
   }
 }
 
-// The pixels around a row: luma and whether they are valid, -1 or 0.
-struct Lines {
-  const int32_t *above, *above_valid, *luma, *valid, *below, *below_valid;
+// Gradients of a row: after - before, twice the one-sided difference where one of the two is not valid.
+// Here where all pixels of the three rows are valid: the sides of the image have margins of luma that do so, and at its
+// top and bottom the row takes the place of the missing one.
+class WholeGradients {
+ public:
+  WholeGradients(const Row& above, const Row& row, const Row& below)
+      : luma_(row.luma.data() + 1),
+        above_((above.inside ? above : row).luma.data() + 1),
+        below_((below.inside ? below : row).luma.data() + 1),
+        factor_(above.inside && below.inside ? 1 : 2) {}
 
-  Lines(const Row& up, const Row& row, const Row& down)
-      : above(up.luma.data() + 1),
-        above_valid(up.valid.data() + 1),
-        luma(row.luma.data() + 1),
-        valid(row.valid.data() + 1),
-        below(down.luma.data() + 1),
-        below_valid(down.valid.data() + 1) {}
-
-  __attribute__((always_inline)) int32_t across(int64_t x) const {
-    return gradient(luma[x - 1], valid[x - 1], luma[x], luma[x + 1], valid[x + 1]);
-  }
-  __attribute__((always_inline)) int32_t down(int64_t x) const {
-    return gradient(above[x], above_valid[x], luma[x], below[x], below_valid[x]);
-  }
+  __attribute__((always_inline)) int32_t across(int64_t x) const { return luma_[x + 1] - luma_[x - 1]; }
+  __attribute__((always_inline)) int32_t down(int64_t x) const { return (below_[x] - above_[x]) * factor_; }
+  __attribute__((always_inline)) int32_t valid(int64_t) const { return -1; }
 
  private:
-  // after - before, twice the one-sided difference where one of the two is not valid.
+  const int32_t *luma_, *above_, *below_;
+  int32_t factor_;
+};
+
+// With masks instead of conditions, which would keep the loops from vector code.
+class MaskedGradients {
+ public:
+  MaskedGradients(const Row& above, const Row& row, const Row& below)
+      : luma_(row.luma.data() + 1),
+        ids_(row.ids.data() + 1),
+        above_(above.luma.data() + 1),
+        above_ids_(above.ids.data() + 1),
+        below_(below.luma.data() + 1),
+        below_ids_(below.ids.data() + 1) {}
+
+  __attribute__((always_inline)) int32_t across(int64_t x) const {
+    return gradient(luma_[x - 1], mask(ids_[x - 1]), luma_[x], luma_[x + 1], mask(ids_[x + 1]));
+  }
+  __attribute__((always_inline)) int32_t down(int64_t x) const {
+    return gradient(above_[x], mask(above_ids_[x]), luma_[x], below_[x], mask(below_ids_[x]));
+  }
+  __attribute__((always_inline)) int32_t valid(int64_t x) const { return mask(ids_[x]); }
+
+ private:
+  // 0 for -1, else -1.
+  __attribute__((always_inline)) static int32_t mask(int32_t id) { return ~(id >> 31); }
   __attribute__((always_inline)) static int32_t gradient(int32_t before, int32_t before_valid, int32_t here,
                                                          int32_t after, int32_t after_valid) {
-    // Masks instead of conditions, which would keep the loops from vector code.
     const int32_t step = ((here - before) & before_valid) + ((after - here) & after_valid);
     return step + (step & ~(before_valid & after_valid));
   }
+
+  const int32_t *luma_, *ids_, *above_, *above_ids_, *below_, *below_ids_;
 };
 
 // Grows [low, high] by both gradients of the valid pixels of a row.
-CC4S_TARGET_CLONES
-void grow_range(const Lines& lines, int64_t width, int32_t* range) {
-  const Lines at = lines;
+template <typename Gradients>
+__attribute__((always_inline)) inline void grow(Gradients at, int64_t width, int32_t* range) {
   int32_t low = range[0], high = range[1];
   for (int64_t x = 0; x < width; ++x) {
-    const int32_t a = at.across(x), d = at.down(x), valid = at.valid[x];
+    const int32_t a = at.across(x), d = at.down(x), valid = at.valid(x);
     low = std::min(low, (std::min(a, d) & valid) | (std::numeric_limits<int32_t>::max() & ~valid));
     high = std::max(high, (std::max(a, d) & valid) | (std::numeric_limits<int32_t>::min() & ~valid));
   }
   range[0] = low;
   range[1] = high;
 }
+CC4S_TARGET_CLONES
+void grow_whole(const WholeGradients& at, int64_t width, int32_t* range) { grow(at, width, range); }
+CC4S_TARGET_CLONES
+void grow_masked(const MaskedGradients& at, int64_t width, int32_t* range) { grow(at, width, range); }
 
 // Vectors of 32 counters of a byte that have a 1 at one bin each, so that one addition counts one pixel.
 struct OneHot {
@@ -210,20 +235,31 @@ constexpr OneHot one_hot_tables() {
 // No vector of `color` crosses a cache line.
 alignas(64) constexpr OneHot kOneHot = one_hot_tables();
 
-// Offsets in kOneHot.texture. bin = (g - low) * 10 // span: numerator and span are below 2^24, and a quotient below
-// k <= 10 is further from k than float32 rounds, so that truncation is exact.
-CC4S_TARGET_CLONES
-void texture_places(const Lines& lines, int64_t width, int32_t low, int32_t span, uint16_t* places) {
-  const Lines at = lines;
-  const float divisor = static_cast<float>(std::max(span, 1));
-  const int32_t factor = span > 0 ? kTextureBins : 0;
+// Offsets in kOneHot.texture of the bins (g - low) * 10 // span.
+template <typename Gradients>
+__attribute__((always_inline)) inline void texture_places(Gradients at, int64_t width, int32_t low, int32_t span,
+                                                          uint16_t* places) {
+  const int32_t divisor = std::max(span, 1), factor = span > 0 ? kTextureBins : 0;
+  // All numbers are below 2^24 and quotients at most 10: the product with a reciprocal that is never too large, rounded
+  // down, is the quotient or 1 less.
+  const float reciprocal = (1.0f - 0x1p-22f) / static_cast<float>(divisor);
+  const auto bin = [&](int32_t g) __attribute__((always_inline)) {
+    const int32_t n = (g - low) * factor;
+    const int32_t q = static_cast<int32_t>(static_cast<float>(n) * reciprocal);
+    return std::min(q + (n - q * divisor >= divisor), kTextureBins - 1);
+  };
   for (int64_t x = 0; x < width; ++x) {
     // Gradients of pixels without an id are outside the range; nobody reads their places.
-    const int32_t a = static_cast<int32_t>(static_cast<float>((at.across(x) - low) * factor) / divisor);
-    const int32_t d = static_cast<int32_t>(static_cast<float>((at.down(x) - low) * factor) / divisor);
-    const int32_t pair = kTextureBins * std::min(a, kTextureBins - 1) + std::min(d, kTextureBins - 1);
-    places[x] = static_cast<uint16_t>(pair * 32);
+    places[x] = static_cast<uint16_t>((kTextureBins * bin(at.across(x)) + bin(at.down(x))) * 32);
   }
+}
+CC4S_TARGET_CLONES
+void whole_places(const WholeGradients& at, int64_t width, int32_t low, int32_t span, uint16_t* places) {
+  texture_places(at, width, low, span, places);
+}
+CC4S_TARGET_CLONES
+void masked_places(const MaskedGradients& at, int64_t width, int32_t low, int32_t span, uint16_t* places) {
+  texture_places(at, width, low, span, places);
 }
 
 // Offsets in kOneHot.color: 31 - min(24, v * 25 // 255), where the minimum does nothing but to put 255 to 254.
@@ -297,7 +333,11 @@ class StripPass {
   void range(int64_t b, int64_t begin, int64_t end, Part& part) {
     int32_t range[2] = {part.low, part.high};
     for_each_row(b, begin, end, [&](const Row& above, const Row& row, const Row& below) {
-      grow_range(Lines(above, row, below), p_.width, range);
+      if (above.whole && row.whole && below.whole) {
+        grow_whole(WholeGradients(above, row, below), p_.width, range);
+      } else {
+        grow_masked(MaskedGradients(above, row, below), p_.width, range);
+      }
     });
     part.low = range[0];
     part.high = range[1];
@@ -319,7 +359,11 @@ class StripPass {
       });
       for_each_flag(down_, p_.width, [&](int32_t x) { filter.add(ids[x], next[x], part.edges); });
 
-      texture_places(Lines(above, row, below), p_.width, low, span, places_.texture.data());
+      if (above.whole && row.whole && below.whole) {
+        whole_places(WholeGradients(above, row, below), p_.width, low, span, places_.texture.data());
+      } else {
+        masked_places(MaskedGradients(above, row, below), p_.width, low, span, places_.texture.data());
+      }
       color_places(row.channels[0], p_.width, places_.red.data());
       color_places(row.channels[1], p_.width, places_.green.data());
       color_places(row.channels[2], p_.width, places_.blue.data());
@@ -343,7 +387,12 @@ class StripPass {
   }
 
   void read(int64_t b, int64_t y, Row& row) {
-    if (y < 0 || y >= p_.height) return row.clear();
+    row.inside = y >= 0 && y < p_.height;
+    if (!row.inside) {
+      row.whole = true;
+      std::fill(row.ids.begin(), row.ids.end(), -1);
+      return;
+    }
     for (int c = 0; c < 3; ++c) {
       const uint8_t* from = p_.image + b * p_.image_at.batch + c * p_.image_at.channel + y * p_.image_at.row;
       row.channels[c] = from;
@@ -352,13 +401,18 @@ class StripPass {
       for (int64_t x = 0; x < p_.width; ++x) to[x] = from[x * p_.image_at.column];
       row.channels[c] = to;
     }
-    luma_of(row.channels[0], row.channels[1], row.channels[2], p_.width, row.luma.data() + 1);
+    int32_t* luma = row.luma.data() + 1;
+    luma_of(row.channels[0], row.channels[1], row.channels[2], p_.width, luma);
+    // Beside the image so that a difference over two pixels is twice the one-sided one.
+    const int64_t last = p_.width - 1;
+    luma[-1] = 2 * luma[0] - luma[std::min<int64_t>(1, last)];
+    luma[p_.width] = 2 * luma[last] - luma[std::max<int64_t>(last - 1, 0)];
     read_ids(b, y, row);
   }
 
   void read_ids(int64_t b, int64_t y, Row& row) {
     const int64_t at = b * p_.ids_at.batch + y * p_.ids_at.row, step = p_.ids_at.column;
-    int32_t *ids = row.ids.data() + 1, *valid = row.valid.data() + 1;
+    int32_t* ids = row.ids.data() + 1;
     if (p_.wide_ids || step != 1) {
       const int64_t* wide = static_cast<const int64_t*>(p_.superpixels) + at;
       const int32_t* narrow = static_cast<const int32_t*>(p_.superpixels) + at;
@@ -366,9 +420,9 @@ class StripPass {
         for (int64_t x = 0; x < p_.width; ++x) wide_ids_[x] = p_.wide_ids ? wide[x * step] : narrow[x * step];
         wide = wide_ids_.data();
       }
-      ids_of_long(wide, p_.width, p_.nodes, ids, valid);
+      row.whole = ids_of_long(wide, p_.width, p_.nodes, ids);
     } else {
-      ids_of_int(static_cast<const int32_t*>(p_.superpixels) + at, p_.width, p_.nodes, ids, valid);
+      row.whole = ids_of_int(static_cast<const int32_t*>(p_.superpixels) + at, p_.width, p_.nodes, ids);
     }
   }
 
