@@ -45,9 +45,9 @@ struct Run {
 
 // What a strip of rows of one image adds; all integers, so that no cut and no order shows in the sums.
 struct Part {
-  std::vector<uint16_t> counters;  // [K, 128]
-  std::vector<int32_t> spilled;    // [K, 128]: what would not have fitted; empty where all did
-  std::vector<uint64_t> edges;     // (i << 32) + j with i < j; may repeat
+  std::vector<uint8_t> bytes;     // [K, 128]: counts the latest pixels of each node, at most 255
+  std::vector<int32_t> counters;  // [K, 128]: counts the ones before
+  std::vector<uint64_t> edges;    // (i << 32) + j with i < j; may repeat
   int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
 };
 
@@ -280,41 +280,50 @@ struct Places {
   explicit Places(int64_t width) : red(width), green(width), blue(width), texture(width) {}
 };
 
-// Makes room in the 16-bit counters of a node.
-void spill(int64_t id, Part& part) {
-  if (part.spilled.empty()) part.spilled.assign(part.counters.size(), 0);
-  for (int64_t i = id * kCounters; i < (id + 1) * kCounters; ++i) {
-    part.spilled[i] += part.counters[i];
-    part.counters[i] = 0;
-  }
-}
+typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
 
 // Counts the pixels of the runs of one row.
 CC4S_TARGET_CLONES
-void count_runs(const Places& places, const std::vector<Run>& runs, Part& part) {
-  typedef uint8_t Bytes __attribute__((vector_size(32)));
-  // Counters of a byte are full after so many pixels.
-  constexpr int32_t kFull = std::numeric_limits<uint8_t>::max();
+void count_runs(const Places& places, const std::vector<Run>& runs, uint8_t* all_bytes, int32_t* all_counters) {
   const uint8_t *red = places.red.data(), *green = places.green.data(), *blue = places.blue.data();
   const uint16_t* texture = places.texture.data();
   const uint8_t* textures = kOneHot.texture[0];
-  uint16_t* const counters = part.counters.data();
+  // Vectors one by one: a copy of all four would go through memory in smaller pieces.
+  const auto load = [](Bytes& to, const uint8_t* from) __attribute__((always_inline)) {
+    std::memcpy(&to, from, sizeof(to));
+  };
+  const auto add = [](Bytes& to, const uint8_t* from) __attribute__((always_inline)) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    to += bytes;
+  };
+  const auto store = [](const Bytes& from, uint8_t* to) __attribute__((always_inline)) {
+    std::memcpy(to, &from, sizeof(from));
+  };
   for (const Run& run : runs) {
-    uint16_t* node = counters + int64_t{run.id} * kCounters;
+    uint8_t* bytes = all_bytes + int64_t{run.id} * kCounters;
     for (int32_t x = run.begin; x < run.end;) {
-      if (node[kPixels] > std::numeric_limits<uint16_t>::max() - kFull) spill(run.id, part);
-      Bytes sums[4] = {};
-      for (const int32_t end = std::min(run.end, x + kFull); x < end; ++x) {
-        Bytes ones[4];
-        std::memcpy(&ones[0], kOneHot.color + red[x], sizeof(Bytes));
-        std::memcpy(&ones[1], kOneHot.color + green[x], sizeof(Bytes));
-        std::memcpy(&ones[2], kOneHot.color + blue[x], sizeof(Bytes));
-        std::memcpy(&ones[3], textures + texture[x], sizeof(Bytes));
-        for (int k = 0; k < 4; ++k) sums[k] += ones[k];
+      const int32_t end = std::min(run.end, x + std::numeric_limits<uint8_t>::max());
+      if (bytes[kPixels] + (end - x) > std::numeric_limits<uint8_t>::max()) {
+        int32_t* counters = all_counters + int64_t{run.id} * kCounters;
+        for (int i = 0; i < kCounters; ++i) counters[i] += bytes[i];
+        for (int i = 0; i < kCounters; i += kGroup) store(Bytes{}, bytes + i);
       }
-      uint8_t bytes[kCounters];
-      std::memcpy(bytes, sums, sizeof(bytes));
-      for (int i = 0; i < kCounters; ++i) node[i] += bytes[i];
+      Bytes r, g, b, t;
+      load(r, bytes);
+      load(g, bytes + kGroup);
+      load(b, bytes + 2 * kGroup);
+      load(t, bytes + kTextures);
+      for (; x < end; ++x) {
+        add(r, kOneHot.color + red[x]);
+        add(g, kOneHot.color + green[x]);
+        add(b, kOneHot.color + blue[x]);
+        add(t, textures + texture[x]);
+      }
+      store(r, bytes);
+      store(g, bytes + kGroup);
+      store(b, bytes + 2 * kGroup);
+      store(t, bytes + kTextures);
     }
   }
 }
@@ -344,7 +353,8 @@ class StripPass {
   }
 
   void counts_and_edges(int64_t b, int64_t begin, int64_t end, int32_t low, int32_t span, Part& part) {
-    part.counters.assign(static_cast<size_t>(p_.nodes * kCounters), 0);
+    part.bytes.assign(static_cast<size_t>(p_.nodes * kCounters), 0);
+    part.counters.assign(part.bytes.size(), 0);
     PairFilter filter;
     for_each_row(b, begin, end, [&](const Row& above, const Row& row, const Row& below) {
       const int32_t *ids = row.ids.data() + 1, *next = below.ids.data() + 1;
@@ -367,7 +377,7 @@ class StripPass {
       color_places(row.channels[0], p_.width, places_.red.data());
       color_places(row.channels[1], p_.width, places_.green.data());
       color_places(row.channels[2], p_.width, places_.blue.data());
-      count_runs(places_, runs_, part);
+      count_runs(places_, runs_, part.bytes.data(), part.counters.data());
     });
   }
 
@@ -452,40 +462,50 @@ std::vector<uint64_t> sorted_edges(const Part* parts, int64_t count, int64_t nod
   return edges;
 }
 
-// Counters of nodes [begin, end) of all parts of an image.
+// Counters [begin, end) of [K, 128], of all parts of an image.
 CC4S_TARGET_CLONES
-void add_counters(const Part* parts, int64_t count, int64_t begin, int64_t end, int32_t* out) {
+void add_counters(const Part* parts, int64_t count, int64_t begin, int64_t end, int32_t* __restrict out) {
   for (int64_t s = 0; s < count; ++s) {
-    const uint16_t* counters = parts[s].counters.data();
-    for (int64_t i = begin * kCounters; i < end * kCounters; ++i) out[i] = counters[i] + (s > 0 ? out[i] : 0);
-    if (parts[s].spilled.empty()) continue;
-    const int32_t* spilled = parts[s].spilled.data();
-    for (int64_t i = begin * kCounters; i < end * kCounters; ++i) out[i] += spilled[i];
+    const uint8_t* bytes = parts[s].bytes.data();
+    const int32_t* counters = parts[s].counters.data();
+    if (s == 0) {
+      for (int64_t i = begin; i < end; ++i) out[i] = counters[i] + bytes[i];
+    } else {
+      for (int64_t i = begin; i < end; ++i) out[i] += counters[i] + bytes[i];
+    }
   }
 }
 
-// Sum of squared differences of two histograms over their pixel counts; `count` is a multiple of 4.
-__attribute__((always_inline)) inline double squared_distance(const int32_t* __restrict a, double a_scale,
-                                                              const int32_t* __restrict b, double b_scale, int count) {
+// Sum of squared differences of a histogram and the counters of another one times `share`; `count` is a multiple of 4.
+__attribute__((always_inline)) inline double squared_distance(const double* __restrict a, const int32_t* __restrict b,
+                                                              double share, int count) {
   double sums[4] = {};
   for (int s = 0; s < count; s += 4) {
     for (int k = 0; k < 4; ++k) {
-      const double d = a[s + k] * a_scale - b[s + k] * b_scale;
+      const double d = a[s + k] - b[s + k] * share;
       sums[k] += d * d;
     }
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// -5 dist of sorted edges.
 CC4S_TARGET_CLONES
 void log_likeness(const uint64_t* edges, int64_t count, const int32_t* counters, double* out) {
+  double first[kPixels];
+  int64_t first_id = -1;
   for (int64_t e = 0; e < count; ++e) {
     const int64_t i = static_cast<int64_t>(edges[e] >> 32), j = static_cast<int64_t>(edges[e] & 0xffffffffu);
-    const int32_t *a = counters + i * kCounters, *b = counters + j * kCounters;
-    const double a_scale = 1.0 / a[kPixels], b_scale = 1.0 / b[kPixels];
-    const double color = squared_distance(a, a_scale, b, b_scale, kTextures);
-    const double texture =
-        squared_distance(a + kTextures, a_scale, b + kTextures, b_scale, 2 * kTextureBins);
+    if (i != first_id) {
+      const int32_t* a = counters + i * kCounters;
+      const double share = 1.0 / a[kPixels];
+      for (int s = 0; s < kPixels; ++s) first[s] = a[s] * share;
+      first_id = i;
+    }
+    const int32_t* b = counters + j * kCounters;
+    const double share = 1.0 / b[kPixels];
+    const double color = squared_distance(first, b, share, kTextures);
+    const double texture = squared_distance(first + kTextures, b + kTextures, share, 2 * kTextureBins);
     out[e] = -5.0 * (std::sqrt(color) / 25.0 + std::sqrt(texture) / 100.0);
   }
 }
@@ -511,14 +531,17 @@ Problem problem_of(const Tensor& image, const Tensor& superpixels, int64_t nodes
           superpixels.const_data_ptr(), type == ScalarType::Long, strides_of(superpixels)};
 }
 
+// Into how many parts an image is cut: only where there are fewer images than threads.
+int64_t chunks_of(const Problem& problem) {
+  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  return std::clamp<int64_t>((threads + problem.batch - 1) / problem.batch, 1, 16);
+}
+
 std::vector<Image> images_of(const Problem& problem) {
   const int64_t height = problem.height, pixels = height * problem.width;
-  // Strips only where there are fewer images than threads, and where their histograms are small.
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  // Strips only where their histograms are small.
   const bool small = problem.nodes * kCounters <= 4 * pixels;
-  const int64_t strips = small ? std::clamp<int64_t>((threads + problem.batch - 1) / problem.batch, 1,
-                                                     std::clamp<int64_t>(height / 16, 1, 16))
-                               : 1;
+  const int64_t strips = small ? std::min(chunks_of(problem), std::max<int64_t>(height / 16, 1)) : 1;
   std::vector<Part> parts(static_cast<size_t>(problem.batch * strips));
   const auto for_each_strip = [&](const auto& body) {
     torch::stable::parallel_for(0, problem.batch * strips, 1, [&](int64_t first, int64_t last) {
@@ -546,7 +569,7 @@ std::vector<Image> images_of(const Problem& problem) {
   torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       images[b].counters.resize(static_cast<size_t>(problem.nodes * kCounters));
-      add_counters(&parts[b * strips], strips, 0, problem.nodes, images[b].counters.data());
+      add_counters(&parts[b * strips], strips, 0, problem.nodes * kCounters, images[b].counters.data());
       images[b].edges = sorted_edges(&parts[b * strips], strips, problem.nodes);
     }
   });
@@ -569,6 +592,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
   float* to_weight = weight.mutable_data_ptr<float>();
   int64_t* to_number = num_edges.mutable_data_ptr<int64_t>();
   int64_t* to_counts = counts.mutable_data_ptr<int64_t>();
+  std::vector<std::vector<double>> likeness(images.size());
+  for (size_t b = 0; b < images.size(); ++b) likeness[b].resize(images[b].edges.size());
+  const int64_t chunks = chunks_of(problem);
+  torch::stable::parallel_for(0, problem.batch * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / chunks, c = i % chunks, count = static_cast<int64_t>(images[b].edges.size());
+      const int64_t first = c * count / chunks, last = (c + 1) * count / chunks;
+      double* w = likeness[b].data();
+      log_likeness(images[b].edges.data() + first, last - first, images[b].counters.data(), w + first);
+      for (int64_t e = first; e < last; ++e) w[e] = std::exp(w[e]);
+    }
+  });
   torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const std::vector<uint64_t>& edges = images[b].edges;
@@ -589,9 +624,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> color_affinity(const Tensor& image, c
       const bool poisoned = found > max_edges;
       std::fill(weights, weights + max_edges, poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
       if (poisoned || found == 0) continue;
-      std::vector<double> w(static_cast<size_t>(found));
-      log_likeness(edges.data(), found, counters, w.data());
-      for (double& value : w) value = std::exp(value);
+      std::vector<double>& w = likeness[b];
       const double lowest = *std::min_element(w.begin(), w.end());
       for (double& value : w) value = std::max(value - 0.8 * lowest, 0.0);
       const double highest = *std::max_element(w.begin(), w.end());
