@@ -57,7 +57,10 @@ def pairs_of(folder: Path, names: Iterator[str]) -> Iterator[tuple[np.ndarray, n
     from PIL import Image
 
     for name in names:
-        with Image.open(folder / "images" / f"{name}.jpg") as image, Image.open(folder / "labels" / f"{name}.png") as truth:
+        with (
+            Image.open(folder / "images" / f"{name}.jpg") as image,
+            Image.open(folder / "labels" / f"{name}.png") as truth,
+        ):
             yield np.array(image.convert("RGB")), np.array(truth)
 
 
