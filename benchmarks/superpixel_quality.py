@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def quality(ids: np.ndarray, truth: np.ndarray) -> Quality:
     return Quality(int(ids.max()) + 1, float(recall), wrong / known.sum() if known.any() else np.nan)
 
 
-def pairs_of(folder: Path, names: Iterator[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pairs_of(folder: Path, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Image (H, W, 3) and truth (H, W) of each name."""
     from PIL import Image
 
@@ -74,19 +74,15 @@ def compare(image: np.ndarray, truth: np.ndarray, wanted: int) -> tuple[Quality,
     return quality(ours, truth), quality(theirs, truth)
 
 
-def table(folder: Path, wanted: list[int]) -> Iterator[str]:
-    """A line for each number of segments, means over all images of `folder`."""
+def means(folder: Path, wanted: list[int]) -> dict[int, tuple[Quality, Quality]]:
+    """Ours and scikit-image's for each number of segments, means over all images of `folder`."""
     names = sorted(path.stem for path in (folder / "labels").glob("*.png"))
     found: dict[int, list[tuple[Quality, Quality]]] = {k: [] for k in wanted}
-    for image, truth in tqdm(pairs_of(folder, iter(names)), folder.name, len(names), file=sys.stderr, disable=None):
+    for image, truth in tqdm(pairs_of(folder, names), folder.name, len(names), file=sys.stderr, disable=None):
         for k in wanted:
             found[k].append(compare(image, truth, k))
-    for k in wanted:
-        ours, theirs = np.nanmean(np.array(found[k]), 0)
-        yield (
-            f"| {folder.name}, {len(names)} | {k} | {ours[0]:.0f} / {theirs[0]:.0f} | {ours[1]:.3f} / {theirs[1]:.3f} |"
-            f" {ours[2]:.4f} / {theirs[2]:.4f} |"
-        )
+    averages = {k: np.nanmean(np.array(pairs), 0) for k, pairs in found.items()}
+    return {k: (Quality(*ours), Quality(*theirs)) for k, (ours, theirs) in averages.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,8 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("| images | asked for | segments, ours / theirs | recall, ours / theirs | error, ours / theirs |")
     print("|---|---|---|---|---|")
     for name in options.set or ["msrc21", "grabcut20"]:
-        for line in table(options.data / name, options.segments or [200, 400, 800]):
-            print(line, flush=True)
+        for k, pair in means(options.data / name, options.segments or [200, 400, 800]).items():
+            parts = (f"{a:{form}} / {b:{form}}" for a, b, form in zip(*pair, (".0f", ".3f", ".4f"), strict=True))
+            print(f"| {name} | {k} | {' | '.join(parts)} |", flush=True)
     return 0
 
 
