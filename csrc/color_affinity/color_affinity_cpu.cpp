@@ -25,6 +25,8 @@ constexpr int kColorBins = 25, kTextureBins = 10;
 // A node's counters stand in four groups of 32: red, green, blue, textures. The rest of a group is 0, but for the
 // last counter of all, which counts the pixels.
 constexpr int kGroup = 32, kTextures = 3 * kGroup, kCounters = 4 * kGroup, kPixels = kCounters - 1;
+// A multiple of 8 that holds both textures and nothing else.
+constexpr int kTextureRoom = 24;
 
 struct Strides {
   int64_t batch, channel, row, column;
@@ -57,25 +59,33 @@ struct Image {
   std::vector<uint64_t> edges;    // sorted, each once
 };
 
-// Pairs that were just added, so that the pixels of a border add few copies.
+// The pairs of a row, most of which were added before in the row or in the one above it: those are left out.
 class PairFilter {
  public:
-  PairFilter() : seen_(kSize, 0) {}
+  // At most `most` pairs of a row.
+  explicit PairFilter(int64_t most) : seen_(kSize, 0), row_(most), count_(0) {}
 
   // Pixels without an id have no edge.
-  void add(int32_t a, int32_t b, std::vector<uint64_t>& edges) {
+  void add(int32_t a, int32_t b) {
     const int32_t low = std::min(a, b), high = std::max(a, b);
-    if (low < 0) return;
-    const uint64_t key = (static_cast<uint64_t>(low) << 32) + static_cast<uint64_t>(high);
+    const uint64_t key = (static_cast<uint64_t>(low) << 32) | static_cast<uint32_t>(high);
     uint64_t& place = seen_[(key * 0x9e3779b97f4a7c15u) >> (64 - kBits)];
-    if (place == key) return;
+    // Without a branch, which would be mispredicted.
+    row_[count_] = key;
+    count_ += (place != key) & (low >= 0);
     place = key;
-    edges.push_back(key);
+  }
+
+  void end_row(std::vector<uint64_t>& edges) {
+    edges.insert(edges.end(), row_.begin(), row_.begin() + count_);
+    count_ = 0;
   }
 
  private:
   static constexpr int kBits = 10, kSize = 1 << kBits;
   std::vector<uint64_t> seen_;  // 0 is no pair
+  std::vector<uint64_t> row_;
+  int64_t count_;
 };
 
 // One row with a margin of one pixel on both sides.
@@ -355,7 +365,8 @@ class StripPass {
   void counts_and_edges(int64_t b, int64_t begin, int64_t end, int32_t low, int32_t span, Part& part) {
     part.bytes.assign(static_cast<size_t>(p_.nodes * kCounters), 0);
     part.counters.assign(part.bytes.size(), 0);
-    PairFilter filter;
+    // A run ends and a border starts at most once at a pixel.
+    PairFilter filter(2 * p_.width + 1);
     for_each_row(b, begin, end, [&](const Row& above, const Row& row, const Row& below) {
       const int32_t *ids = row.ids.data() + 1, *next = below.ids.data() + 1;
       borders_of(ids, next, p_.width, across_.data(), down_.data());
@@ -364,10 +375,11 @@ class StripPass {
       // The last run ends with a flag too, unless it has no id.
       for_each_flag(across_, p_.width, [&](int32_t x) {
         if (ids[x] >= 0) runs_.push_back({start, x + 1, ids[x]});
-        filter.add(ids[x], ids[x + 1], part.edges);
+        filter.add(ids[x], ids[x + 1]);
         start = x + 1;
       });
-      for_each_flag(down_, p_.width, [&](int32_t x) { filter.add(ids[x], next[x], part.edges); });
+      for_each_flag(down_, p_.width, [&](int32_t x) { filter.add(ids[x], next[x]); });
+      filter.end_row(part.edges);
 
       if (above.whole && row.whole && below.whole) {
         whole_places(WholeGradients(above, row, below), p_.width, low, span, places_.texture.data());
@@ -462,31 +474,39 @@ std::vector<uint64_t> sorted_edges(const Part* parts, int64_t count, int64_t nod
   return edges;
 }
 
-// Counters [begin, end) of [K, 128], of all parts of an image.
+// Adds up what the parts of an image counted, in the counters of the first.
 CC4S_TARGET_CLONES
-void add_counters(const Part* parts, int64_t count, int64_t begin, int64_t end, int32_t* __restrict out) {
+void add_counters(Part* parts, int64_t count) {
+  int32_t* __restrict sum = parts[0].counters.data();
+  const int64_t size = static_cast<int64_t>(parts[0].counters.size());
   for (int64_t s = 0; s < count; ++s) {
-    const uint8_t* bytes = parts[s].bytes.data();
-    const int32_t* counters = parts[s].counters.data();
-    if (s == 0) {
-      for (int64_t i = begin; i < end; ++i) out[i] = counters[i] + bytes[i];
-    } else {
-      for (int64_t i = begin; i < end; ++i) out[i] += counters[i] + bytes[i];
-    }
+    const uint8_t* __restrict bytes = parts[s].bytes.data();
+    for (int64_t i = 0; i < size; ++i) sum[i] += bytes[i];
+    if (s == 0) continue;
+    const int32_t* __restrict counters = parts[s].counters.data();
+    for (int64_t i = 0; i < size; ++i) sum[i] += counters[i];
   }
 }
 
-// Sum of squared differences of a histogram and the counters of another one times `share`; `count` is a multiple of 4.
-__attribute__((always_inline)) inline double squared_distance(const double* __restrict a, const int32_t* __restrict b,
-                                                              double share, int count) {
-  double sums[4] = {};
-  for (int s = 0; s < count; s += 4) {
-    for (int k = 0; k < 4; ++k) {
-      const double d = a[s + k] - b[s + k] * share;
+// Sum of squared differences of a histogram and the counters of another one times `share`; `count` is a multiple of 8.
+__attribute__((always_inline)) inline double squared_distance(const double* a, const int32_t* b, double share,
+                                                              int count) {
+  typedef double Doubles __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  // Two sums, so that an addition does not wait for the one before.
+  Doubles sums[2] = {};
+  for (int s = 0; s < count; s += 8) {
+    for (int k = 0; k < 2; ++k) {
+      Doubles x;
+      Ints y;
+      std::memcpy(&x, a + s + 4 * k, sizeof(x));
+      std::memcpy(&y, b + s + 4 * k, sizeof(y));
+      const Doubles d = x - __builtin_convertvector(y, Doubles) * share;
       sums[k] += d * d;
     }
   }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const Doubles total = sums[0] + sums[1];
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 // -5 dist of sorted edges.
@@ -505,7 +525,7 @@ void log_likeness(const uint64_t* edges, int64_t count, const int32_t* counters,
     const int32_t* b = counters + j * kCounters;
     const double share = 1.0 / b[kPixels];
     const double color = squared_distance(first, b, share, kTextures);
-    const double texture = squared_distance(first + kTextures, b + kTextures, share, 2 * kTextureBins);
+    const double texture = squared_distance(first + kTextures, b + kTextures, share, kTextureRoom);
     out[e] = -5.0 * (std::sqrt(color) / 25.0 + std::sqrt(texture) / 100.0);
   }
 }
@@ -568,8 +588,8 @@ std::vector<Image> images_of(const Problem& problem) {
   std::vector<Image> images(static_cast<size_t>(problem.batch));
   torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      images[b].counters.resize(static_cast<size_t>(problem.nodes * kCounters));
-      add_counters(&parts[b * strips], strips, 0, problem.nodes * kCounters, images[b].counters.data());
+      add_counters(&parts[b * strips], strips);
+      images[b].counters = std::move(parts[b * strips].counters);
       images[b].edges = sorted_edges(&parts[b * strips], strips, problem.nodes);
     }
   });
