@@ -1,6 +1,6 @@
-"""The picture of superpixels, boundaries and edge weights: python -m benchmarks.superpixel_figure [--image FILE] [--out FILE]
+"""The picture of superpixels, boundaries and edge weights: python -m benchmarks.superpixel_figure --out FILE
 
-Without --image on a photograph with which scikit-image comes.
+Of a photograph with which scikit-image comes, or of --image FILE.
 """
 
 from __future__ import annotations
