@@ -216,6 +216,23 @@ def test_any_map_on_a_gpu(device: str, places: int) -> None:
     torch.testing.assert_close(found.weight.cpu(), expected.weight, rtol=0, atol=1e-6, equal_nan=True)
 
 
+@needs_extension
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1100), (1, 255), (1, 256), (150, 130)])
+def test_many_pixels_of_one_superpixel(shape: tuple[int, int], hidden: bool) -> None:
+    """Runs and superpixels of more pixels than a counter of a byte holds; rows with and without invalid pixels."""
+    image = torch.randint(0, 256, (1, 3, *shape), generator=generator(3), dtype=torch.uint8)
+    # Long runs of one colour: every count of a bin overflows a byte too.
+    image[:, :, :, 60:] = image[:, :, :1, 60:61]
+    ids = torch.zeros(1, *shape, dtype=torch.int32)
+    ids[:, :, :7] = 1
+    if hidden:
+        ids[:, shape[0] // 2, 20:23] = -1
+    found = torch.ops.cc4s_kernels.color_histograms(image, ids, 3)
+    for a, e in zip(found, histograms(image, ids.long(), 3), strict=True):
+        assert torch.equal(a, e)
+
+
 def test_every_gradient_bin_boundary() -> None:
     """Texture bins of extreme gradients on all backends: the quotient is exact."""
     image = torch.randint(0, 2, (1, 3, 90, 110), generator=generator(4)).mul(255).to(torch.uint8)
