@@ -18,7 +18,7 @@ from cc4s_kernels._triton.launch import launch, tiles
 from cc4s_kernels.ops.potts.reference import EPS
 
 # Columns of a row (m) in one warp, so that the sum over neighbours stays in a thread.
-GRID = Config(128, 0, 0, 1, 1)
+GRID = Config(64, 0, 0, 1, 1)
 # Edges (m) and classes (v) of a tile.
 EDGES = Config(64, 0, 32, 4, 1)
 # Nodes that a program owns (m), edges (n) and classes (v) of a tile.
@@ -136,16 +136,16 @@ def finish_kernel(
     scale,  # [B] out, 0 where there was no weight
     blocks,
     NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """The energy of an image from the sums of its programs, always in the same order."""
     batch = tl.program_id(0)
     partial += tl.cast(batch, tl.int64) * blocks * 3
-    energies = tl.zeros([BLOCK], tl.float32)
-    weights = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, blocks, BLOCK):
-        block = first + tl.arange(0, BLOCK)
+    energies = tl.zeros([BLOCK_M], tl.float32)
+    weights = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, blocks, BLOCK_M):
+        block = first + tl.arange(0, BLOCK_M)
         inside = block < blocks
         energies += tl.load(partial + block * 3, mask=inside, other=0.0)
         weights += tl.load(partial + block * 3 + 1, mask=inside, other=0.0)
@@ -641,7 +641,7 @@ def forward(
             BLOCK_V=EDGES.v,
             config=EDGES,
         )
-    launch(finish_kernel, batch, partial, energy, scale, blocks, NORM=norm, BLOCK=FINISH.m, config=FINISH)
+    launch(finish_kernel, batch, partial, energy, scale, blocks, NORM=norm, BLOCK_M=FINISH.m, config=FINISH)
     return energy, scale
 
 
