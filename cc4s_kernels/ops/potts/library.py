@@ -81,9 +81,7 @@ for _name, _backend in _BACKENDS.items():
     torch.library.register_fake(_op, _fake, lib=_library.LIBRARY)
     torch.library.register_fake(f"{_op}_backward", _fake_backward, lib=_library.LIBRARY)
     torch.library.register_autograd(_op, _backward_of(_name), setup_context=_setup_context, lib=_library.LIBRARY)
-    torch.library.register_autograd(
-        f"{_op}_backward", _library.no_second_derivative(_backend), lib=_library.LIBRARY
-    )
+    torch.library.register_autograd(f"{_op}_backward", _library.no_second_derivative(_backend), lib=_library.LIBRARY)
 
 
 def _kernel_of(name: str) -> Any:

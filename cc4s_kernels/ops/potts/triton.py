@@ -1,7 +1,7 @@
 """`potts` on Triton: superpixel graphs and pixel grids, forward and backward, without atomics.
 
 docs/kernels/potts.md, "GPU (Triton)", explains the schedule. Pairs of a tile are [N, BLOCK] on a grid (N neighbours of
-BLOCK adjacent pixels of a row) and [BLOCK] edges on a graph. The derivative of a relaxation r(p, q) is given by three
+BLOCK adjacent pixels) and [BLOCK] edges on a graph. The derivative of a relaxation r(p, q) is given by three
 numbers to a pair: dr/dp = slope * (p - q) [- slope / 2 for the log-quadratic one] for the two
 quadratic ones without a cosine, else slope * q + near * p and dr/dq = slope * p + far * q.
 """
@@ -17,7 +17,7 @@ from cc4s_kernels._triton.configs import Config
 from cc4s_kernels._triton.launch import launch, tiles
 from cc4s_kernels.ops.potts.reference import EPS
 
-# Columns of a row (m) in one warp, so that the sum over neighbours stays in a thread.
+# Pixels (m) of one warp, so that the sum over neighbours stays in a thread.
 GRID = Config(64, 0, 0, 1, 1)
 # Edges (m) and classes (v) of a tile.
 EDGES = Config(64, 0, 32, 4, 1)
@@ -35,21 +35,13 @@ _EPS = tl.constexpr(EPS)
 @triton.jit
 def own_term(p, RELAXATION: tl.constexpr):
     """A class's part in what a relaxation needs of each end alone: |p|^2, sum p (1 - p), or nothing."""
-    if RELAXATION == "log_quadratic":
-        term = p * (1.0 - p)
-    else:
-        term = p * p
-    return term
+    return p * (1.0 - p) if RELAXATION == "log_quadratic" else p * p
 
 
 @triton.jit
 def pair_term(p, q, RELAXATION: tl.constexpr):
     """A class's part in p.q, or in |p - q|^2 for the quadratic relaxation."""
-    if RELAXATION == "quadratic":
-        term = (p - q) * (p - q)
-    else:
-        term = p * q
-    return term
+    return (p - q) * (p - q) if RELAXATION == "quadratic" else p * q
 
 
 @triton.jit
@@ -165,18 +157,17 @@ def finish_kernel(
 
 
 @triton.jit
-def grid_place(height, segments, BLOCK: tl.constexpr):
-    """Image, row and columns [BLOCK] of this program."""
-    segment = tl.program_id(0) % segments
-    rest = tl.program_id(0) // segments
-    return rest // height, rest % height, segment * BLOCK + tl.arange(0, BLOCK)
+def grid_place(width, blocks, BLOCK: tl.constexpr):
+    """Image, and pixels, rows and columns [BLOCK] of this program."""
+    pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return tl.program_id(0) // blocks, pixel, pixel // width, pixel % width
 
 
 @triton.jit
 def neighbours(y, x, height, width, DIRECTIONS: tl.constexpr, N: tl.constexpr):
-    """The other ends of the pairs of pixels (y, x), x [BLOCK].
+    """The other ends of the pairs of pixels (y, x) [BLOCK].
 
-    Returns: direction [N, 1], row [N, 1], column [N, BLOCK], whether both ends are in the grid [N, BLOCK]. With N twice
+    Returns: direction [N, 1], row and column [N, BLOCK], whether both ends are in the grid [N, BLOCK]. With N twice
     the number of directions, the pixel is the lower end of the pairs in the second half.
     """
     n = tl.arange(0, N)[:, None]
@@ -185,9 +176,10 @@ def neighbours(y, x, height, width, DIRECTIONS: tl.constexpr, N: tl.constexpr):
     down = tl.where(direction == 0, 0, 1)
     right = tl.where(direction == 1, 0, tl.where(direction == 3, -1, 1))
     sign = tl.where(n < DIRECTIONS, 1, -1)
-    row = y + sign * down
+    row = y[None, :] + sign * down
     column = x[None, :] + sign * right
-    inside = (x < width)[None, :] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    # Pixels behind the last one have their row beyond the grid.
+    inside = (y < height)[None, :] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return direction, row, column, inside
 
 
@@ -215,7 +207,7 @@ def grid_pairs(
     product = tl.zeros([N, BLOCK], tl.float32)
     own = tl.zeros([BLOCK], tl.float32)
     other = tl.zeros([N, BLOCK], tl.float32)
-    for _ in range(0, classes):
+    for _ in range(classes):
         p = tl.load(prob + here, mask=here_inside, other=0.0).to(tl.float32)
         q = tl.load(prob + there, mask=there_inside, other=0.0).to(tl.float32)
         product += pair_term(p[None, :], q, RELAXATION)
@@ -229,7 +221,7 @@ def grid_pairs(
 def grid_kernel(
     prob,  # [B, C, H, W]
     weight,  # [B or 1, D, H, W]
-    partial,  # [B, H, segments, 3] out
+    partial,  # [B, blocks, 3] out
     prob_batch,
     prob_class,
     prob_row,
@@ -241,22 +233,24 @@ def grid_kernel(
     classes,
     height,
     width,
-    segments,
+    blocks,
     DIRECTIONS: tl.constexpr,
     RELAXATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Sums over the pairs that the pixels of a segment of a row own."""
-    batch, y, x = grid_place(height, segments, BLOCK_M)
+    """Sums over the pairs that BLOCK_M pixels own."""
+    batch, _, y, x = grid_place(width, blocks, BLOCK_M)
     direction, row, column, inside = neighbours(y, x, height, width, DIRECTIONS, DIRECTIONS)
     prob += tl.cast(batch, tl.int64) * prob_batch
     weight += tl.cast(batch, tl.int64) * weight_batch
     here = tl.cast(y, tl.int64) * prob_row + x * prob_column
     there = tl.cast(row, tl.int64) * prob_row + column * prob_column
     values, _, _, _ = grid_pairs(
-        prob, prob_class, here, there, x < width, inside, classes, DIRECTIONS, BLOCK_M, RELAXATION
+        prob, prob_class, here, there, y < height, inside, classes, DIRECTIONS, BLOCK_M, RELAXATION
     )
-    weights = pair_weights(weight, weight_direction, weight_row, weight_column, direction, y, x[None, :], inside)
+    weights = pair_weights(
+        weight, weight_direction, weight_row, weight_column, direction, y[None, :], x[None, :], inside
+    )
     store_sums(partial, values, weights)
 
 
@@ -279,15 +273,15 @@ def grid_prob_kernel(
     classes,
     height,
     width,
-    segments,
+    blocks,
     DIRECTIONS: tl.constexpr,
     RELAXATION: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The gradient of a segment of a row: each pixel gathers from all of its neighbours."""
+    """The gradient of BLOCK_M pixels: each gathers from all of its neighbours."""
     N: tl.constexpr = 2 * DIRECTIONS
-    batch, y, x = grid_place(height, segments, BLOCK_M)
+    batch, pixel, y, x = grid_place(width, blocks, BLOCK_M)
     direction, row, column, inside = neighbours(y, x, height, width, DIRECTIONS, N)
     factor, _, _ = image_factors(gradient, energy, scale, batch, NORM)
     prob += tl.cast(batch, tl.int64) * prob_batch
@@ -296,28 +290,28 @@ def grid_prob_kernel(
     there = tl.cast(row, tl.int64) * prob_row + column * prob_column
     # A pair belongs to its upper or left end.
     upper = tl.arange(0, N)[:, None] < DIRECTIONS
-    owner_y, owner_x = tl.where(upper, y, row), tl.where(upper, x[None, :], column)
+    owner_y, owner_x = tl.where(upper, y[None, :], row), tl.where(upper, x[None, :], column)
     weights = pair_weights(weight, weight_direction, weight_row, weight_column, direction, owner_y, owner_x, inside)
     # A factor of NaN is for pairs only.
     slope = tl.where(inside, weights * factor, 0.0)
     base = tl.zeros([BLOCK_M], tl.float32)
     if RELAXATION != "quadratic":
         _, pair_slope, near, _ = grid_pairs(
-            prob, prob_class, here, there, x < width, inside, classes, N, BLOCK_M, RELAXATION
+            prob, prob_class, here, there, y < height, inside, classes, N, BLOCK_M, RELAXATION
         )
         base = tl.sum(slope * near, 0)
         slope = slope * pair_slope
     if RELAXATION == "log_quadratic":
         base = -0.5 * tl.sum(slope, 0)
-    out += tl.cast(batch, tl.int64) * classes * height * width + tl.cast(y, tl.int64) * width + x
-    for _ in range(0, classes):
-        p = tl.load(prob + here, mask=x < width, other=0.0).to(tl.float32)
+    out += tl.cast(batch, tl.int64) * classes * height * width + pixel
+    for _ in range(classes):
+        p = tl.load(prob + here, mask=y < height, other=0.0).to(tl.float32)
         q = tl.load(prob + there, mask=inside, other=0.0).to(tl.float32)
         if RELAXATION == "quadratic" or RELAXATION == "log_quadratic":
             sums = base + tl.sum(slope * (p[None, :] - q), 0)
         else:
             sums = base * p + tl.sum(slope * q, 0)
-        tl.store(out, sums.to(out.dtype.element_ty), mask=x < width)
+        tl.store(out, sums.to(out.dtype.element_ty), mask=y < height)
         prob += prob_class
         out += tl.cast(height, tl.int64) * width
 
@@ -341,31 +335,33 @@ def grid_weight_kernel(
     classes,
     height,
     width,
-    segments,
+    blocks,
     images,
     DIRECTIONS: tl.constexpr,
     RELAXATION: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The gradient of the weights that the pixels of a segment of a row own, summed over the images that share them."""
-    group, y, x = grid_place(height, segments, BLOCK_M)
+    """The gradient of the weights that BLOCK_M pixels own, summed over the images that share them."""
+    group, pixel, y, x = grid_place(width, blocks, BLOCK_M)
     direction, row, column, inside = neighbours(y, x, height, width, DIRECTIONS, DIRECTIONS)
     weight += tl.cast(group, tl.int64) * weight_batch
-    weights = pair_weights(weight, weight_direction, weight_row, weight_column, direction, y, x[None, :], inside)
+    weights = pair_weights(
+        weight, weight_direction, weight_row, weight_column, direction, y[None, :], x[None, :], inside
+    )
     here = tl.cast(y, tl.int64) * prob_row + x * prob_column
     there = tl.cast(row, tl.int64) * prob_row + column * prob_column
     prob += tl.cast(group, tl.int64) * images * prob_batch
     sums = tl.zeros([DIRECTIONS, BLOCK_M], tl.float32)
-    for image in range(0, images):
+    for image in range(images):
         factor, shift, by_weight = image_factors(gradient, energy, scale, group * images + image, NORM)
         values, _, _, _ = grid_pairs(
-            prob, prob_class, here, there, x < width, inside, classes, DIRECTIONS, BLOCK_M, RELAXATION
+            prob, prob_class, here, there, y < height, inside, classes, DIRECTIONS, BLOCK_M, RELAXATION
         )
         sums += values * factor - (shift + by_weight * weights)
         prob += prob_batch
-    out += tl.cast(group * DIRECTIONS + direction, tl.int64) * height * width + tl.cast(y, tl.int64) * width + x[None, :]
-    tl.store(out, tl.where(inside, sums, 0.0).to(out.dtype.element_ty), mask=(x < width)[None, :])
+    out += tl.cast(group * DIRECTIONS + direction, tl.int64) * height * width + pixel[None, :]
+    tl.store(out, tl.where(inside, sums, 0.0).to(out.dtype.element_ty), mask=(y < height)[None, :])
 
 
 # ---- graphs
@@ -616,13 +612,13 @@ def forward(
     energy, scale = (prob.new_empty(batch, dtype=torch.float32) for _ in range(2))
     if edge_index is None:
         _, classes, height, width = prob.shape
-        blocks = height * tiles(width, GRID.m)
+        blocks = tiles(height * width, GRID.m)
         partial = prob.new_empty((batch, blocks, 3), dtype=torch.float32)
         launch(
             grid_kernel,
             batch * blocks,
             *(prob, weight, partial, *prob.stride(), *_weight_strides(weight)),
-            *(classes, height, width, tiles(width, GRID.m)),
+            *(classes, height, width, blocks),
             DIRECTIONS=weight.shape[1],
             RELAXATION=relaxation,
             BLOCK_M=GRID.m,
@@ -679,15 +675,15 @@ def _grid_backward(
     weight_needed: bool,
 ) -> None:
     batch, classes, height, width = prob.shape
-    segments = tiles(width, GRID.m)
-    sizes = (*prob.stride(), *_weight_strides(weight), classes, height, width, segments)
+    blocks = tiles(height * width, GRID.m)
+    sizes = (*prob.stride(), *_weight_strides(weight), classes, height, width, blocks)
     options = {"DIRECTIONS": weight.shape[1], "RELAXATION": relaxation, "NORM": norm, "BLOCK_M": GRID.m}
     if prob_needed:
-        programs = batch * height * segments
+        programs = batch * blocks
         launch(grid_prob_kernel, programs, prob, weight, *images, prob_gradient, *sizes, **options, config=GRID)
     if weight_needed:
         groups = weight.shape[0]
-        programs = groups * height * segments
+        programs = groups * blocks
         shared = batch // max(groups, 1)
         launch(
             grid_weight_kernel, programs, prob, weight, *images, weight_gradient, *sizes, shared, **options, config=GRID
