@@ -561,7 +561,7 @@ def test_the_published_size(relaxation: str) -> None:
 
 @needs_extension
 def test_memory_of_a_backward_pass() -> None:
-    """The reference holds some forty tensors of the size of prob; the kernels the gradient and a few rows."""
+    """The reference keeps tensors of the size of prob for each direction; the kernels the gradient and a few rows."""
     code = """
 import resource, torch, cc4s_kernels as ck
 torch.set_num_threads(2)

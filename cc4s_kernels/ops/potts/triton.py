@@ -20,7 +20,7 @@ from cc4s_kernels.ops.potts.reference import EPS
 # Pixels (m) of one warp, so that the sum over neighbours stays in a thread.
 GRID = Config(64, 0, 0, 1, 1)
 # Edges (m) and classes (v) of a tile.
-EDGES = Config(64, 0, 32, 4, 1)
+EDGES = Config(32, 0, 32, 4, 1)
 # Nodes that a program owns (m), edges (n) and classes (v) of a tile.
 NODES = Config(32, 64, 32, 4, 1)
 # Partial sums (m) of a tile.
