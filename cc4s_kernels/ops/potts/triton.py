@@ -657,8 +657,12 @@ def backward(
     prob_gradient = prob.new_empty(prob.shape if prob_needed else (0,))
     weight_gradient = weight.new_empty(weight.shape if weight_needed else (0,))
     images = tuple(line.contiguous() for line in (gradient, energy, scale))
-    run = _grid_backward if edge_index is None else _graph_backward
-    run(images, prob, weight, edge_index, relaxation, norm, prob_gradient, weight_gradient, prob_needed, weight_needed)
+    problem = (prob, weight, relaxation, norm)
+    out = (prob_gradient, weight_gradient, prob_needed, weight_needed)
+    if edge_index is None:
+        _grid_backward(images, *problem, *out)
+    else:
+        _graph_backward(images, edge_index, *problem, *out)
     return prob_gradient, weight_gradient
 
 
@@ -666,7 +670,6 @@ def _grid_backward(
     images: tuple[Tensor, ...],
     prob: Tensor,
     weight: Tensor,
-    edge_index: None,
     relaxation: str,
     norm: str,
     prob_gradient: Tensor,
@@ -692,9 +695,9 @@ def _grid_backward(
 
 def _graph_backward(
     images: tuple[Tensor, ...],
+    edge_index: Tensor,
     prob: Tensor,
     weight: Tensor,
-    edge_index: Tensor,
     relaxation: str,
     norm: str,
     prob_gradient: Tensor,
