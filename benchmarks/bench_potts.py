@@ -77,17 +77,20 @@ def superpixel_graph(batch: int, nodes: int, generator: torch.Generator) -> ck.S
     )
 
 
-def run_of(energy: Energy) -> Callable[[Case, torch.device], Run]:
+def run_of(energy: Energy, warm: bool = False) -> Callable[[Case, torch.device], Run]:
+    """With `warm`, what the first call does (compilation) is done before."""
+
     def make(case: Case, device: torch.device) -> Run:
         prob, where = inputs(case, device)
-        if case.pass_ == "forward":
-            return torch.no_grad()(lambda: (energy(prob, where),))
-        prob.requires_grad_()
+        backward = case.pass_ != "forward"
+        prob.requires_grad_(backward)
 
         def run() -> Sequence[Tensor]:
             value = energy(prob, where)
-            return (value, *torch.autograd.grad(value.sum(), prob))
+            return (value, *(torch.autograd.grad(value.sum(), prob) if backward else ()))
 
+        if warm:
+            run()
         return run
 
     return make
@@ -131,7 +134,7 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         eager = f"eager{note}"
         made.append(Provider(eager, run_of(on_backend("reference", relaxation))))
         if relaxation == "quadratic":
-            made.append(Provider("compiled eager", run_of(compiled_eager(relaxation)), eager, tolerance))
+            made.append(Provider("compiled eager", run_of(compiled_eager(relaxation), warm=True), eager, tolerance))
         for name in ck.backends.available(OP):
             if name != "reference":
                 made.append(Provider(f"cc4s {name}{note}", run_of(on_backend(name, relaxation)), eager, tolerance))
