@@ -34,10 +34,10 @@ class GraphPass {
 
   void read_nodes(int64_t b) {
     const int64_t* strides = p_.prob.strides;
+    read_lines(p_.prob, b * strides[0], p_.nodes, strides[1], p_.classes, strides[2], prob_.data(), padded_);
+    if (own_of_ == Own::kNothing) return;
     for (int64_t k = 0; k < p_.nodes; ++k) {
-      T* row = prob_.data() + k * padded_;
-      read_line(p_.prob, b * strides[0] + k * strides[1], strides[2], p_.classes, row);
-      if (own_of_ == Own::kNothing) continue;
+      const T* row = prob_.data() + k * padded_;
       V sum{};
       for (int64_t c = 0; c < padded_; c += kLanes) {
         const V p = load<V>(row + c);
@@ -56,7 +56,7 @@ class GraphPass {
       chunk.second[l] = first[l * p_.end_strides[2] + p_.end_strides[1]];
     }
     const int64_t* strides = p_.weight.strides;
-    read_line(p_.weight, b * strides[0] + e * strides[1], strides[1], chunk.count, chunk.weight);
+    read_lines(p_.weight, b * strides[0] + e * strides[1], 1, 0, chunk.count, strides[1], chunk.weight, 0);
     return chunk;
   }
 
@@ -101,15 +101,13 @@ class GraphPass {
       if (weight_needed) {
         T gradient[kLanes];
         store(gradient, factors.slope * r.value - (factors.shift + factors.shift_by_weight * w));
-        write_line(gradient, chunk.count, p_.weight_gradient, p_.weight.dtype, b * p_.edges + e);
+        write_lines(gradient, 0, 1, chunk.count, p_.weight_gradient, p_.weight.dtype, b * p_.edges + e, 0);
       }
       if (prob_needed) scatter(chunk, k * r.slope, k * r.near, k * r.far);
     }
     if (!prob_needed) return;
-    for (int64_t i = 0; i < p_.nodes; ++i) {
-      write_line(gradient_.data() + i * padded_, p_.classes, p_.prob_gradient, p_.prob.dtype,
-                 (b * p_.nodes + i) * p_.classes);
-    }
+    write_lines(gradient_.data(), padded_, p_.nodes, p_.classes, p_.prob_gradient, p_.prob.dtype,
+                b * p_.nodes * p_.classes, p_.classes);
   }
 
   // Adds the gradients of both ends of each edge, one edge after the other.

@@ -70,10 +70,8 @@ class GridPass {
     row.image = b;
     row.y = y;
     const int64_t* strides = p_.prob.strides;
-    const int64_t at = b * strides[0] + y * strides[2];
-    for (int64_t c = 0; c < p_.classes; ++c) {
-      read_line(p_.prob, at + c * strides[1], strides[3], p_.width, row.prob.data() + c * stride_ + kLanes);
-    }
+    read_lines(p_.prob, b * strides[0] + y * strides[2], p_.classes, strides[1], p_.width, strides[3],
+               row.prob.data() + kLanes, stride_);
     if (own_ == Own::kNothing) return row;
     for (int64_t x = kLanes; x < stride_ - kLanes; x += kLanes) {
       V sum{};
@@ -96,7 +94,7 @@ class GridPass {
         std::fill(line, line + p_.width, T{0});
         continue;
       }
-      read_line(p_.weight, image * strides[0] + d * strides[1] + y * strides[2], strides[3], p_.width, line);
+      read_lines(p_.weight, image * strides[0] + d * strides[1] + y * strides[2], 1, 0, p_.width, strides[3], line, 0);
       if (kRight[d] > 0) line[p_.width - 1] = T{0};
       if (kRight[d] < 0) line[0] = T{0};
     }
@@ -233,10 +231,8 @@ class GridPass {
         eight ? gather<4, false>(rows, y, at, base) : gather<2, false>(rows, y, at, base);
       }
     }
-    for (int64_t c = 0; c < p_.classes; ++c) {
-      write_line(gradient_.data() + c * stride_ + kLanes, p_.width, p_.prob_gradient, p_.prob.dtype,
-                 ((b * p_.classes + c) * p_.height + y) * p_.width);
-    }
+    write_lines(gradient_.data() + kLanes, stride_, p_.classes, p_.width, p_.prob_gradient, p_.prob.dtype,
+                (b * p_.classes * p_.height + y) * p_.width, p_.height * p_.width);
   }
 
   // All classes of a block: base + sum of slope (p - q), or base p + sum of slope q, over the neighbours q.
@@ -271,8 +267,8 @@ class GridPass {
         if (y + kDown[d] >= p_.height) std::fill(line, line + p_.width, T{0});
         if (kRight[d] > 0) line[p_.width - 1] = T{0};
         if (kRight[d] < 0) line[0] = T{0};
-        write_line(line, p_.width, p_.weight_gradient, p_.weight.dtype,
-                   ((image * directions_ + d) * p_.height + y) * p_.width);
+        write_lines(line, 0, 1, p_.width, p_.weight_gradient, p_.weight.dtype,
+                    ((image * directions_ + d) * p_.height + y) * p_.width, 0);
       }
     }
   }
