@@ -32,7 +32,8 @@ import torch
 
 from tools import cuda_check, nvcc
 
-OPS = ("random_walk", "transition_consistency", "transition_matrix")
+PAIRWISE = ("random_walk", "transition_consistency", "transition_matrix")
+OPS = (*PAIRWISE, "potts")
 PUBLISHED = (64, 512)
 SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
@@ -83,7 +84,7 @@ Case = tuple[str, torch.dtype, str, int, int]
 
 
 def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
-    """(op, dtype, precision of float32 products, d, D)."""
+    """(op, dtype, precision of float32 products, d, D); d and D are 0 for ops without them."""
     kinds = [(torch.bfloat16, "ieee")]
     if full:
         kinds += [(torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -91,15 +92,37 @@ def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
         for dtype, precision in kinds:
             # float16 compiles as bfloat16 does.
             sizes = SIZES if full and dtype != torch.float16 else (PUBLISHED,)
+            if op not in PAIRWISE:
+                if precision == "ieee":
+                    yield op, dtype, precision, 0, 0
+                continue
             if op != "random_walk":
                 sizes = tuple(dict.fromkeys((key, 0) for key, _ in sizes))
             for key, value in sizes:
                 yield op, dtype, precision, key, value
 
 
+def run_potts(kernels: Any, dtype: torch.dtype) -> None:
+    """Every relaxation at the published crop, 21 classes, on 8-connected pixels and on 800 superpixels."""
+    from cc4s_kernels.ops.potts.reference import RELAXATIONS
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    edges = 3 * 800 - 6
+    grid = empty(2, 21, 465, 465), empty(2, 4, 465, 465, of=torch.float32), None
+    graph = empty(2, 800, 21), empty(2, edges, of=torch.float32), empty(2, 2, edges, of=torch.int64)
+    for tensors in (grid, graph):
+        for relaxation in RELAXATIONS:
+            energy, scale = kernels.forward(*tensors, relaxation, "frobenius")
+            kernels.backward(energy, energy, scale, *tensors, relaxation, "frobenius", True, True)
+
+
 def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) -> None:
     """Launches every kernel of `op` on meta tensors; `variants` adds masks, several steps and restarts."""
     kernels = importlib.import_module(f"cc4s_kernels.ops.{op}.triton")
+    if op == "potts":
+        return run_potts(kernels, dtype)
     n = 3481
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -123,7 +146,13 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
             kernels.backward(q, k, lse2, matrix, 1.0, normalize)
 
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
 
 
 def job_of(target: str, case: str, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any) -> Job:
@@ -163,7 +192,7 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
     jobs: dict[Any, Job] = {}
     for op, dtype, precision, key, value in cases(ops, full):
         name = str(dtype).removeprefix("torch.") if precision == "ieee" else precision
-        case = f"{name} d={key}" + (f" D={value}" if value else "")
+        case = name + (f" d={key}" if key else "") + (f" D={value}" if value else "")
 
         def record(
             kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any, case: str = case
@@ -193,6 +222,7 @@ def compile_job(job: Job) -> Found:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in job.divisible})
     flags = [f"{name}={value}" for name, value in job.constants if name.isupper() and value is True]
+    flags += [constants["RELAXATION"]] if "RELAXATION" in constants else []
     case = " ".join([job.case, f"{constants['BLOCK_M']}x{constants.get('BLOCK_N', '-')}", *flags])
     shape = (job.target, job.kernel, case, job.warps, job.stages)
     try:

@@ -49,6 +49,21 @@ inline FloatV larger(FloatV a, FloatV b) {
 }
 inline DoubleV larger(DoubleV a, DoubleV b) { return a > b ? a : b; }
 
+inline FloatV root(FloatV v) {
+#if CC4S_VECTOR_BYTES == 64
+  return _mm512_sqrt_ps(v);
+#elif CC4S_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(v);
+#else
+  for (int i = 0; i < Lanes<float>::count; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+inline DoubleV root(DoubleV v) {
+  for (int i = 0; i < Lanes<double>::count; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+
 // Bit i: lane i is negative.
 inline uint32_t negative_lanes(FloatI v) {
 #if CC4S_VECTOR_BYTES == 64

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,11 +15,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cc4s_kernels as ck
-from cc4s_kernels import PixelGrid, SuperpixelGraph
+from cc4s_kernels import PixelGrid, SuperpixelGraph, _triton, backends
 from cc4s_kernels.ops.potts import NORMS, RELAXATIONS
-from tests.ops.tester import Inputs, OpTester, assert_matches, eps, generator, randn
+from tests.ops.tester import (
+    Inputs,
+    OpTester,
+    Result,
+    assert_matches,
+    backend_params,
+    eps,
+    generator,
+    randn,
+    to_dtype,
+)
 
 CLASSES = 5
+# Interpreted kernels take half a second a call.
+EXAMPLES = 6 if _triton.INTERPRETED else 60
+every_backend = pytest.mark.parametrize(("backend", "device"), backend_params("potts"))
+needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 ZERO_ON_CONSTANT = ("quadratic", "normalized_quadratic", "collision_divergence", "log_quadratic")
 
 
@@ -145,6 +161,14 @@ def loop_over_grid(prob: Tensor, weight: Tensor, relaxation: str, norm: str) -> 
     return torch.tensor(energies, dtype=torch.float64)
 
 
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
+
+
+def to_device(where: Any, device: str) -> Any:
+    return type(where)(*(part.to(device) if isinstance(part, Tensor) else part for part in where))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_quadratic_is_the_color_constraint(norm: str) -> None:
     """(2 / norm) tr(S^T Lap S) with dense matrices."""
@@ -171,33 +195,49 @@ def one_edge(weight: float = 0.7, dtype: torch.dtype = torch.float32) -> Superpi
     )
 
 
+@every_backend
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opposite_one_hots(relaxation: str, dtype: torch.dtype) -> None:
-    prob = torch.eye(2, dtype=dtype)[None].requires_grad_()
-    energy = ck.potts(prob, one_edge(dtype=dtype), relaxation=relaxation)
-    energy.sum().backward()
-    # Twice the largest relaxation, 1 or -ln(1e-6).
-    log = relaxation in ("collision_cross_entropy", "collision_divergence", "log_quadratic")
-    # eps + (1 - eps) 0 has one rounding of 1e-6, its logarithm one of 14.
-    assert float(energy.detach()) == pytest.approx(2 * (-math.log(1e-6) if log else 1), rel=4 * eps(dtype))
-    assert prob.grad is not None
-    assert torch.isfinite(prob.grad).all()
-    assert prob.grad.any()
+def test_opposite_one_hots(backend: str, device: str, relaxation: str) -> None:
+    for dtype in dtypes_of(backend):
+        prob = torch.eye(2, dtype=dtype, device=device)[None].requires_grad_()
+        image = torch.eye(2, dtype=dtype, device=device)[None, :, None].requires_grad_()
+        # Twice the largest relaxation, 1 or -ln(1e-6).
+        log = relaxation in ("collision_cross_entropy", "collision_divergence", "log_quadratic")
+        expected = 2 * (-math.log(1e-6) if log else 1)
+        for leaf, where in (
+            (prob, to_device(one_edge(dtype=dtype), device)),
+            (image, ck.pixel_grid(1, 2, device=device)),
+        ):
+            with ck.use_backend(backend):
+                energy = ck.potts(leaf, where, relaxation=relaxation)
+                energy.sum().backward()
+            # eps + (1 - eps) 0 has one rounding of 1e-6, its logarithm one of 14.
+            assert float(energy.detach()) == pytest.approx(expected, rel=4 * eps(dtype))
+            assert leaf.grad is not None
+            assert torch.isfinite(leaf.grad).all()
+            assert leaf.grad.any()
 
 
-@pytest.mark.parametrize("relaxation", RELAXATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_logits(relaxation: str, dtype: torch.dtype) -> None:
-    logits = torch.full((1, 12, 3), -50.0, dtype=dtype)
-    logits[0, torch.arange(12), torch.arange(12) % 3] = 50.0
-    logits.requires_grad_()
-    graph = random_graph(1, 12, dtype, "cpu", 0)
-    energy = ck.potts(logits.softmax(2), graph, relaxation=relaxation)
-    energy.sum().backward()
-    assert torch.isfinite(energy).all()
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()
+@every_backend
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(relaxation=st.sampled_from(RELAXATIONS), seed=st.integers(0, 1000), classes=st.integers(1, 9))
+def test_large_logits(backend: str, device: str, relaxation: str, seed: int, classes: int) -> None:
+    """Probabilities of logits of +-50, on a graph and on a grid: finite, gradients too."""
+    for dtype in dtypes_of(backend):
+        label = torch.randint(0, classes, (1, 12), generator=generator(seed))
+        logits = torch.full((1, 12, classes), -50.0, dtype=dtype).scatter(2, label[..., None], 50.0)
+        image = logits.transpose(1, 2).reshape(1, classes, 3, 4)
+        for values, dim, where in (
+            (logits, 2, random_graph(1, 12, dtype, device, seed)),
+            (image, 1, ck.pixel_grid(3, 4, connectivity=8, device=device)),
+        ):
+            leaf = values.to(device).requires_grad_()
+            with ck.use_backend(backend):
+                energy = ck.potts(leaf.softmax(dim), where, relaxation=relaxation)
+                energy.sum().backward()
+            assert torch.isfinite(energy).all()
+            assert leaf.grad is not None
+            assert torch.isfinite(leaf.grad).all()
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
@@ -224,61 +264,90 @@ def test_zero_rows_have_finite_gradients(relaxation: str) -> None:
         assert torch.isfinite(prob.grad).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@every_backend
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     relaxation=st.sampled_from(RELAXATIONS),
     norm=st.sampled_from(NORMS),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 10.0, 100.0]),
     classes=st.integers(1, 30),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    narrow=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_never_negative(relaxation: str, norm: str, scale: float, classes: int, dtype: torch.dtype, seed: int) -> None:
-    prob = randn(2, 8, classes, dtype=torch.float64, device="cpu", seed=seed, scale=scale).softmax(2).to(dtype)
-    prob[1] = prob[1, :1]  # constant in one image
-    graph = random_graph(2, 8, torch.float32, "cpu", seed)
-    energy = ck.potts(prob, graph, relaxation=relaxation, norm=norm)
-    assert torch.isfinite(energy).all()
-    assert (energy >= 0).all()
-    image = prob[..., None].transpose(1, 2)  # [B, C, K, 1]
-    assert (ck.potts(image, ck.pixel_grid(8, 1, connectivity=8), relaxation=relaxation, norm=norm) >= 0).all()
+def test_never_negative(
+    backend: str, device: str, relaxation: str, norm: str, scale: float, classes: int, narrow: bool, seed: int
+) -> None:
+    half = torch.float16 if _triton.INTERPRETED else torch.bfloat16
+    for dtype in (half,) if narrow else dtypes_of(backend):
+        prob = randn(2, 8, classes, dtype=torch.float64, device=device, seed=seed, scale=scale).softmax(2).to(dtype)
+        prob[1] = prob[1, :1]  # constant in one image
+        graph = random_graph(2, 8, torch.float32, device, seed)
+        image = prob[..., None].transpose(1, 2)  # [B, C, K, 1]
+        grid = ck.pixel_grid(8, 1, connectivity=8, device=device)
+        with ck.use_backend(backend):
+            for energy in (
+                ck.potts(p, where, relaxation=relaxation, norm=norm) for p, where in ((prob, graph), (image, grid))
+            ):
+                assert torch.isfinite(energy).all()
+                assert (energy >= 0).all()
 
 
+@every_backend
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(
+    relaxation=st.sampled_from(RELAXATIONS),
+    norm=st.sampled_from(NORMS),
+    classes=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+)
+def test_constant_prediction(backend: str, device: str, relaxation: str, norm: str, classes: int, seed: int) -> None:
+    for dtype in dtypes_of(backend):
+        soft = randn(1, 1, classes, dtype=torch.float64, device=device, seed=seed).softmax(2).to(dtype)
+        hard = torch.nn.functional.one_hot(soft.argmax(2), classes).to(dtype)
+        for prob in (soft, hard):
+            nodes = prob.expand(2, 9, -1)
+            image = nodes.transpose(1, 2).reshape(2, classes, 3, 3)
+            for p, where in (
+                (nodes, random_graph(2, 9, dtype, device, 3)),
+                (image, ck.pixel_grid(3, 3, connectivity=8, device=device)),
+            ):
+                with ck.use_backend(backend):
+                    energy = ck.potts(p, where, relaxation=relaxation, norm=norm)
+                if prob is hard or relaxation in ("quadratic", "normalized_quadratic", "collision_divergence"):
+                    assert not energy.any()
+                elif relaxation in ZERO_ON_CONSTANT:
+                    # log_quadratic is -ln~ of the sum of p, which is 1 up to a few roundings; times up to 72 pairs.
+                    assert energy.max() < 72 * 8 * eps(dtype)
+                elif classes > 1:
+                    assert energy.min() > 1e-2
+
+
+@every_backend
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_constant_prediction(relaxation: str, norm: str) -> None:
-    graph = random_graph(2, 9, torch.float64, "cpu", 3)
-    soft = randn(1, 1, CLASSES, dtype=torch.float64, device="cpu", seed=5).softmax(2).expand(2, 9, -1)
-    hard = torch.zeros(2, 9, CLASSES, dtype=torch.float64)
-    hard[..., 2] = 1
-    # Rounding of 1 in a sum of 5 terms, times up to 36 pairs.
-    assert ck.potts(hard, graph, relaxation=relaxation, norm=norm).max() < 1e-13
-    energy = ck.potts(soft, graph, relaxation=relaxation, norm=norm)
-    if relaxation in ZERO_ON_CONSTANT:
-        assert energy.max() < 1e-13
-    else:
-        assert energy.min() > 1e-2
-
-
-@pytest.mark.parametrize("relaxation", RELAXATIONS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("edges", [0, 4])
-def test_no_weight_is_zero_with_gradient_zero(relaxation: str, norm: str, edges: int) -> None:
-    graph = SuperpixelGraph(
-        torch.zeros(2, 2, edges, dtype=torch.int64),
-        torch.zeros(2, edges),
+def test_no_weight_is_zero_with_gradient_zero(backend: str, device: str, relaxation: str, norm: str) -> None:
+    prob = torch.rand(2, 3, 4, generator=generator(0)).softmax(2).to(device)
+    image = prob.transpose(1, 2)[..., None]
+    empty = SuperpixelGraph(
+        torch.zeros(2, 2, 4, dtype=torch.int64),
+        torch.zeros(2, 4),
         3,
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(2, 3, dtype=torch.int64),
     )
-    prob = torch.rand(2, 3, 4, generator=generator(0)).softmax(2).requires_grad_()
-    image = prob.detach().transpose(1, 2)[..., None].clone().requires_grad_()
-    for leaf, where in (
-        (prob, graph),
-        (image, ck.pixel_grid(3, 1, connectivity=8, mask=torch.zeros(2, 3, 1, dtype=torch.bool))),
+    masked = ck.pixel_grid(3, 1, connectivity=8, mask=torch.zeros(2, 3, 1, dtype=torch.bool))
+    for values, where in (
+        (prob, empty),
+        (prob, empty._replace(edge_index=empty.edge_index[..., :0], weight=empty.weight[:, :0])),
+        (prob[:, :1], empty._replace(num_nodes=1)),
+        (image, masked),
+        # One pixel; its weights belong to no pair.
+        (image[:, :, :1], PixelGrid(torch.full((1, 4, 1, 1), torch.nan))),
     ):
-        energy = ck.potts(leaf, where, relaxation=relaxation, norm=norm)
-        energy.sum().backward()
+        leaf = values.clone().requires_grad_()
+        with ck.use_backend(backend):
+            energy = ck.potts(leaf, to_device(where, device), relaxation=relaxation, norm=norm)
+            energy.sum().backward()
         assert not energy.any()
         assert leaf.grad is not None
         assert not leaf.grad.any()
@@ -302,6 +371,214 @@ def test_gradient_of_the_weights(relaxation: str, norm: str) -> None:
     assert torch.autograd.gradcheck(on_graph, graph.weight.clone().requires_grad_())
     weight = torch.rand(2, 4, 3, 2, generator=generator(0), dtype=torch.float64) + 0.1
     assert torch.autograd.gradcheck(on_grid, weight.requires_grad_())
+
+
+# ---- Backends
+
+
+def draw(kind: str, dtype: torch.dtype, device: str, size: int = 1) -> tuple[Tensor, Any]:
+    """Probabilities and a graph or grid of a kind; longer than vectors and tiles for `size` 3."""
+    height, width, nodes = 4 * size + 1, 7 * size, 9 * size
+    if kind == "graph":
+        prob = randn(2, nodes, CLASSES, dtype=torch.float64, device=device, seed=1, scale=2).softmax(2).to(dtype)
+        graph = random_graph(2, nodes, dtype, device, 2)
+        # Any order and direction, an edge with one end, and one that stands twice.
+        edges = graph.edge_index.flip(2)
+        edges[:, :, 0::3] = edges[:, :, 0::3].flip(1)
+        edges[:, :, 5] = 1
+        edges[:, :, 6] = edges[:, :, 7]
+        return prob, graph._replace(edge_index=edges, weight=graph.weight.flip(1))
+    prob = randn(2, CLASSES, height, width, dtype=torch.float64, device=device, seed=1, scale=2).softmax(1).to(dtype)
+    if kind == "gaussian":
+        image = torch.randint(0, 64, (2, 3, height, width), generator=generator(2), dtype=torch.uint8)
+        grid = ck.gaussian_grid(image.to(device))
+        return prob, PixelGrid(grid.weight.to(dtype))
+    batch = 1 if kind == "shared" else 2
+    weight = torch.rand(batch, 2 if kind == "grid4" else 4, height, width, generator=generator(2), dtype=torch.float64)
+    return prob, PixelGrid(weight.to(device, dtype))
+
+
+def energy_and_gradients(
+    backend: str, prob: Tensor, where: Any, weight_needed: bool = True, prob_needed: bool = True, **options: Any
+) -> Result:
+    """Energies, and gradients of prob and of the weights, of a fixed combination of the images."""
+    prob = prob.detach().requires_grad_(prob_needed)
+    weight = where.weight.detach().requires_grad_(weight_needed)
+    leaves = [leaf for leaf in (prob, weight) if leaf.requires_grad]
+    with ck.use_backend(backend):
+        energy = ck.potts(prob, where._replace(weight=weight), **options)
+        factors = torch.tensor([0.75, -1.5], dtype=energy.dtype, device=energy.device)
+        gradients = torch.autograd.grad(energy, leaves, factors)
+    return Result((energy.detach(),), gradients)
+
+
+KINDS = ("graph", "grid4", "grid8", "gaussian", "shared")
+
+
+@every_backend
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_kernels(backend: str, device: str, kind: str, relaxation: str) -> None:
+    """Energies, and gradients of prob and weights, against the reference in float64; by the rule of the op tester."""
+    for norm in ("frobenius",) if _triton.INTERPRETED else NORMS:
+        for dtype in (torch.float32, torch.float16 if _triton.INTERPRETED else torch.bfloat16):
+            prob, where = draw(kind, dtype, device, 1 if _triton.INTERPRETED else 3)
+            options = {"relaxation": relaxation, "norm": norm}
+            truth = energy_and_gradients("reference", *to_dtype((prob, where), torch.float64), **options)
+            eager = energy_and_gradients("reference", prob, where, **options)
+            got = energy_and_gradients(backend, prob, where, **options)
+            names = ("energy", "gradient of prob", "gradient of weights")
+            for name, a, b, e in zip(
+                names, (*got[0], *got[1]), (*eager[0], *eager[1]), (*truth[0], *truth[1]), strict=True
+            ):
+                assert a.dtype == b.dtype
+                OpTester().assert_error_within(f"{name}, {dtype}, {norm}", a, b, e)
+            # Alone, each gradient is the same.
+            alone = {"weight_needed": False}, {"prob_needed": False}
+            for found, only in zip(got.gradients, alone, strict=True):
+                again = energy_and_gradients(backend, prob, where, **only, **options).gradients[0]
+                assert torch.equal(found, again)
+
+
+@every_backend
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("kind", ["graph", "grid8"])
+def test_weights_of_nan_poison_their_image_only(backend: str, device: str, kind: str, relaxation: str) -> None:
+    prob, where = draw(kind, torch.float32, device)
+    weight = where.weight.clone()
+    weight[1] = torch.nan
+    clean = energy_and_gradients(backend, prob, where, relaxation=relaxation)
+    dirty = energy_and_gradients(backend, prob, where._replace(weight=weight), relaxation=relaxation)
+    for a, b in zip((*clean[0], *clean[1]), (*dirty[0], *dirty[1]), strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.isnan(b[1]).any()
+    assert torch.isnan(dirty.outputs[0][1])
+
+
+@every_backend
+def test_weights_of_pairs_that_leave_the_grid_do_not_count(backend: str, device: str) -> None:
+    prob, where = draw("grid8", torch.float32, device)
+    weight = where.weight.clone()
+    weight[:, 1:, -1] = torch.nan
+    weight[:, 0, :, -1] = weight[:, 2, :, -1] = weight[:, 3, :, 0] = torch.nan
+    outside = torch.isnan(weight)
+    clean = energy_and_gradients(backend, prob, where)
+    dirty = energy_and_gradients(backend, prob, PixelGrid(weight))
+    for a, b in zip((*clean[0], *clean[1]), (*dirty[0], *dirty[1]), strict=True):
+        assert torch.equal(a, b)
+    assert not clean.gradients[1][outside].any()
+    assert clean.gradients[1][~outside].all()
+
+
+@every_backend
+def test_an_edge_to_no_node(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values are not looked at beforehand, the kernels guard themselves."""
+    if backend == "reference":
+        return
+    monkeypatch.setattr("cc4s_kernels.ops.potts.may_read_values", lambda tensor: False)
+    prob, graph = draw("graph", torch.float32, device)
+    for wrong in (-1, prob.shape[1], 2**40):
+        edges = graph.edge_index.clone()
+        edges[1, 1, 4] = wrong
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match=f"edge_index: got node {wrong}, expected 0 to 8"):
+                energy_and_gradients(backend, prob, graph._replace(edge_index=edges))
+        else:
+            found = energy_and_gradients(backend, prob, graph._replace(edge_index=edges))
+            assert torch.isfinite(found.outputs[0][0])
+            assert torch.isnan(found.outputs[0][1])
+            assert torch.isfinite(found.gradients[0][0]).all()
+
+
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_triton, "missing", lambda: None)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    prob, grid = torch.rand(1, 2, 3, 3), ck.pixel_grid(3, 3)
+    assert ck.explain("potts", prob, grid).reasons["triton"] == "prob is on cpu"
+    assert ck.explain("potts", prob.double(), grid).reasons["triton"].startswith("prob is torch.float64, Triton")
+    wide = PixelGrid(grid.weight.double())
+    assert ck.explain("potts", prob, wide).reasons["triton"] == "prob is on cpu"
+    if backends.missing("cpu") is None:
+        tiny = PixelGrid(grid.weight.to(torch.float8_e5m2))
+        assert ck.explain("potts", prob, tiny).reasons["cpu"].startswith("weight is torch.float8_e5m2, the C++")
+        assert ck.explain("potts", prob.to("meta"), grid).reasons["cpu"] == "prob is on meta"
+    capsys.readouterr()
+
+
+@needs_extension
+@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, instructions: str, relaxation: str) -> None:
+    """Those that the processor lacks fall back to narrower ones."""
+    monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
+    for kind in ("graph", "grid8"):
+        for dtype in (torch.float32, torch.float64):
+            prob, where = draw(kind, dtype, "cpu", 3)
+            truth = energy_and_gradients("reference", *to_dtype((prob, where), torch.float64), relaxation=relaxation)
+            got = energy_and_gradients("cpu", prob, where, relaxation=relaxation)
+            for a, e in zip((*got[0], *got[1]), (*truth[0], *truth[1]), strict=True):
+                # A few roundings of terms of order 1, in sums of up to 8 terms or, per row, some 20.
+                assert_matches("tensor", a, e, atol=0, rtol=16 * eps(dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_threads_gives_the_same(kind: str) -> None:
+    prob, where = draw(kind, torch.float32, "cpu", 12)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            results.append(energy_and_gradients("cpu", prob, where, relaxation="log_quadratic"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        OpTester().assert_bitwise(result, results[0])
+
+
+@needs_extension
+@pytest.mark.parametrize("relaxation", ["quadratic", "collision_divergence"])
+def test_the_published_size(relaxation: str) -> None:
+    """A 465 x 465 crop with 21 classes in 8-connected pixels, in each layout."""
+    prob = randn(1, 21, 465, 465, dtype=torch.float32, device="cpu", seed=0, scale=3).softmax(1)
+    image = torch.randint(0, 64, (1, 3, 465, 465), generator=generator(1), dtype=torch.uint8)
+    grid = ck.gaussian_grid(image)
+
+    def run(backend: str, values: Tensor) -> Result:
+        leaf = values.requires_grad_()
+        with ck.use_backend(backend):
+            energy = ck.potts(leaf, grid, relaxation=relaxation)
+            return Result((energy.detach(),), torch.autograd.grad(energy.sum(), leaf))
+
+    expected = run("reference", prob.detach())
+    for values in (prob.detach(), prob.detach().to(memory_format=torch.channels_last)):
+        got = run("cpu", values)
+        # Sums of 8e5 pairs; gradients of at most 8.
+        assert_matches("energy", got.outputs[0], expected.outputs[0], atol=0, rtol=1e-5)
+        assert_matches("gradient", got.gradients[0], expected.gradients[0], atol=0, rtol=1e-5)
+
+
+@needs_extension
+def test_memory_of_a_backward_pass() -> None:
+    """The reference keeps tensors of the size of prob for each direction; the kernels the gradient and a few rows."""
+    code = """
+import resource, torch, cc4s_kernels as ck
+torch.set_num_threads(2)
+def run(size):
+    prob = torch.full((1, 21, size, size), 1 / 21, requires_grad=True)
+    grid = ck.pixel_grid(size, size, connectivity=8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    energy = ck.potts(prob, grid, relaxation="log_quadratic").sum()
+    torch.autograd.grad(energy, prob)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+with ck.use_backend("cpu"):
+    run(32)
+    print(run(465))
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    gradient = 21 * 465 * 465 * 4
+    assert grown < 1.25 * gradient, f"{grown / 2**20:.1f} MiB, the gradient is {gradient / 2**20:.1f} MiB"
 
 
 # ---- Grids

@@ -214,6 +214,21 @@ def devices_of(backend: str) -> tuple[str, ...]:
     return ("cpu",) if backend == "cpu" or (backend == "triton" and _triton.INTERPRETED) else ("cuda",)
 
 
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+_DEVICE_MARKS: dict[str, list[Any]] = {"cpu": [], "cuda": [pytest.mark.gpu, _NO_GPU]}
+
+
+def backend_params(op_name: str) -> list[Any]:
+    """("backend", "device") for parametrize: all backends that are here, on each of their devices."""
+    # In their own process (`make test`): the interpreter is chosen for a whole process.
+    interpreter = [pytest.mark.triton_interpreter] if _triton.INTERPRETED else []
+    return [
+        pytest.param(backend, device, marks=_DEVICE_MARKS[device] + (interpreter if backend == "triton" else []))
+        for backend in backends.available(op_name)
+        for device in devices_of(backend)
+    ]
+
+
 class _OpCalls(TorchDispatchMode):
     """Collects the calls of the package's torch ops."""
 
@@ -375,19 +390,12 @@ class OpTester:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
-        no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-        marks: dict[str, list[Any]] = {"cpu": [], "cuda": [pytest.mark.gpu, no_gpu]}
         if "backend" in names:
-            # In their own process (`make test`): the interpreter is chosen for a whole process.
-            interpreter = [pytest.mark.triton_interpreter] if _triton.INTERPRETED else []
-            pairs = [
-                pytest.param(backend, device, marks=marks[device] + (interpreter if backend == "triton" else []))
-                for backend in backends.available(self.op_name)
-                for device in devices_of(backend)
-            ]
-            metafunc.parametrize(("backend", "device"), pairs)
+            metafunc.parametrize(("backend", "device"), backend_params(self.op_name))
         elif "device" in names:
-            metafunc.parametrize("device", [pytest.param(device, marks=marks[device]) for device in marks])
+            metafunc.parametrize(
+                "device", [pytest.param(device, marks=marks) for device, marks in _DEVICE_MARKS.items()]
+            )
         if "size" in names:
             # One position, and several tiles: an interpreted kernel takes seconds.
             sizes = (min(self.sizes), max(self.sizes)) if _triton.INTERPRETED else self.sizes
