@@ -7,12 +7,13 @@ class = first + high * LANES + lane, so that a sum over classes takes log2(LANES
 pixels log2(32 / LANES).
 
 Positions are exact. Pixel i of an axis has its source at min(max(step * i + offset, 0), limit) / whole; see `Axis`.
-Logits are float32 or float64, and so is everything computed. Addresses are int64.
+Logits are float32 or float64, and so is everything computed. Starts of images and scratch are int64; what is inside
+them is INDEX: int32 where everything fits (`Plan.index`), for cheap divisions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,13 +32,13 @@ def pixels_of_quads(quad, quads, out, step, offset, whole):
     # Positions before the first and behind the last one of the logits take those.
     begin = tl.where(quad == 0, 0, begin)
     end = tl.where(quad == quads - 1, out, end)
-    return begin.to(tl.int32), (end - begin).to(tl.int32)
+    return begin, end - begin
 
 
 @triton.jit
 def fraction_of(pixel, quad, step, offset, whole, limit, TYPE: tl.constexpr):
     """How far pixels lie between the two positions of their quad, 0 to 1."""
-    position = tl.minimum(tl.maximum(pixel.to(tl.int64) * step + offset, 0), limit)
+    position = tl.minimum(tl.maximum(pixel * step + offset, 0), limit)
     return (position - quad * whole).to(TYPE) / whole
 
 
@@ -59,9 +60,10 @@ def class_numbers(first, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
 def load_corner(x, offsets, class_stride, first, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     """[HIGH, QUADS, LANES] logits at one corner of each quad."""
     classes = class_numbers(first, BLOCK_C, LANES)
-    pointers = x + offsets[None, :, None] + (classes.to(tl.int64) * class_stride)[:, None, :]
+    inside = (classes < CLASSES)[:, None, :]
+    pointers = x + (offsets[None, :, None] + (classes.to(offsets.dtype) * class_stride)[:, None, :])
     # Classes behind the last: a probability of exactly 0, and finite numbers for the weights 0 and 1 of corners.
-    return tl.load(pointers, mask=(classes < CLASSES)[:, None, :], other=-1e30)
+    return tl.load(pointers, mask=inside, other=-1e30)
 
 
 @triton.jit
@@ -77,22 +79,10 @@ def load_corners(
 
 
 @triton.jit
-def of_pixels(x):
-    """[QUADS, PIXELS] against a tile."""
-    return x[None, :, :, None]
-
-
-@triton.jit
-def of_quads(x):
-    """[HIGH, QUADS, LANES] against a tile."""
-    return x[:, :, None, :]
-
-
-@triton.jit
 def interpolate(a, b, c, d, share_a, share_b, share_c, share_d):
-    """The tile of upsampled logits. The sum of four shares is exact at the corners, as differences are not."""
-    upper = of_quads(a) * of_pixels(share_a) + of_quads(b) * of_pixels(share_b)
-    return upper + of_quads(c) * of_pixels(share_c) + of_quads(d) * of_pixels(share_d)
+    """The tile of upsampled logits of corners [HIGH, QUADS, LANES] and their shares [QUADS, PIXELS]. The sum of four shares is exact at the corners, as differences are not."""
+    upper = a[:, :, None, :] * share_a[None, :, :, None] + b[:, :, None, :] * share_b[None, :, :, None]
+    return upper + c[:, :, None, :] * share_c[None, :, :, None] + d[:, :, None, :] * share_d[None, :, :, None]
 
 
 @triton.jit
@@ -111,7 +101,7 @@ def online_softmax(z, peak, total, weighted):
     empty = peak == float("-inf")
     shift = tl.where(empty, 0.0, peak - new_peak)
     decay = tl.where(empty, 0.0, tl.exp(shift))
-    d = z - of_pixels(new_peak)
+    d = z - new_peak[None, :, :, None]
     e = tl.exp(d)
     weighted = (weighted + total * shift) * decay + class_sum(e * d)
     return d, e, decay, new_peak, total * decay + class_sum(e), weighted
@@ -135,7 +125,7 @@ def pool(
     current = tl.min(left)
     while current < num_ids:
         hit = left == current
-        share = tl.where(of_pixels(hit), prob, 0.0)
+        share = tl.where(hit[None, :, :, None], prob, 0.0)
         sums = tl.sum(tl.sum(share, 2), 1)
         row = fixed + tl.cast(current, tl.int64) * (CLASSES + 1)
         tl.atomic_add(row + classes, (sums * unit).to(tl.int64), mask=classes < CLASSES, sem="relaxed")
@@ -212,6 +202,7 @@ def losses_kernel(
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     LANES: tl.constexpr,
+    INDEX: tl.constexpr,
     WEIGHTED: tl.constexpr,
     POOLED: tl.constexpr,
     CLASS_WEIGHTED: tl.constexpr,
@@ -222,15 +213,17 @@ def losses_kernel(
     part = program % parts
     block = program // parts % blocks
     batch = tl.cast(program // (parts * blocks), tl.int64)
-    number = tl.cast(block, tl.int64) * QUADS + tl.arange(0, QUADS)
-    quad = tl.minimum(number, tl.cast(quads_y, tl.int64) * quads_x - 1)
+    number = tl.cast(block, INDEX) * QUADS + tl.arange(0, QUADS)
+    quad = tl.minimum(number, tl.cast(quads_y, INDEX) * quads_x - 1)
     qy, qx = quad // quads_x, quad % quads_x
     top, rows = pixels_of_quads(qy, quads_y, height, y_step, y_offset, y_whole)
     left, columns = pixels_of_quads(qx, quads_x, width, x_step, x_offset, x_whole)
     count = tl.where(number == quad, rows * columns, 0)
     a, b, c, d = corner_offsets(qy, qx, h, w, row_stride, column_stride)
     logits += batch * batch_stride
-    maps = batch * height * width
+    labels += batch * height * width
+    weight += batch * height * width
+    superpixels += batch * height * width
     if BLOCK_C >= CLASSES:
         ca, cb, cc, cd = load_corners(logits, a, b, c, d, class_stride, 0, CLASSES, BLOCK_C, LANES)
     cross_entropy = tl.zeros([QUADS, PIXELS], TYPE)
@@ -243,7 +236,7 @@ def losses_kernel(
         inside = pixel < count[:, None]
         y = top[:, None] + pixel // tl.maximum(columns, 1)[:, None]
         x = left[:, None] + pixel % tl.maximum(columns, 1)[:, None]
-        offsets = maps + y.to(tl.int64) * width + x
+        offsets = y * width + x
         label = load_labels(labels, offsets, inside, ignored, CLASSES)
         m = load_weight(weight, offsets, inside, WEIGHTED, TYPE)
         scale = load_label_weight(class_weight, label, CLASS_WEIGHTED, TYPE)
@@ -262,7 +255,7 @@ def losses_kernel(
                 z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                 z, e, _, peak, total, weighted = online_softmax(z, peak, total, weighted)
                 if POOLED:
-                    prob = e * of_pixels(1.0 / total)
+                    prob = e * (1.0 / total)[None, :, :, None]
                     image = fixed + batch * num_ids * (CLASSES + 1)
                     pool(image, ids, prob, 0, num_ids, unit, CLASSES, BLOCK_C, LANES)
             else:
@@ -274,12 +267,12 @@ def losses_kernel(
                     for start in range(0, CLASSES, BLOCK_C):
                         ca, cb, cc, cd = load_corners(logits, a, b, c, d, class_stride, start, CLASSES, BLOCK_C, LANES)
                         z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
-                        prob = tl.exp(z - of_pixels(peak)) * of_pixels(1.0 / total)
+                        prob = tl.exp(z - peak[None, :, :, None]) * (1.0 / total)[None, :, :, None]
                         image = fixed + batch * num_ids * (CLASSES + 1)
                         pool(image, ids, prob, start, num_ids, unit, CLASSES, BLOCK_C, LANES)
             log_total = tl.log(total)
             entropy += m * (log_total - weighted / total)
-            own = logits + label.to(tl.int64) * class_stride
+            own = logits + label.to(INDEX) * class_stride
             hit = label >= 0
             chosen = sa * tl.load(own + a[:, None], mask=hit, other=0.0)
             chosen += sb * tl.load(own + b[:, None], mask=hit, other=0.0)
@@ -288,8 +281,8 @@ def losses_kernel(
             cross_entropy += scale * (log_total - (chosen - peak))
             labelled += scale
             weights += m
-    programs = tl.cast(parts, tl.int64) * blocks
-    out = sums + batch * 4 * programs + program % (parts * blocks)
+    programs = parts * blocks
+    out = sums + batch * 4 * programs + program % programs
     tl.store(out, tl.sum(tl.sum(cross_entropy, 1), 0))
     tl.store(out + programs, tl.sum(tl.sum(labelled, 1), 0))
     tl.store(out + 2 * programs, tl.sum(tl.sum(entropy, 1), 0))
@@ -328,29 +321,31 @@ def load_pooled_gradient(
     ids,  # [QUADS, PIXELS]
     first,
     num_ids,
+    INDEX: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Tile of the gradient of the sums that each pixel went into, 0 where none."""
     classes = class_numbers(first, BLOCK_C, LANES)[:, None, None, :]
-    inside = of_pixels(ids < num_ids) & (classes < CLASSES)
-    return tl.load(gradient + of_pixels(ids.to(tl.int64) * CLASSES) + classes, mask=inside, other=0.0)
+    inside = (ids < num_ids)[None, :, :, None] & (classes < CLASSES)
+    offsets = (ids.to(INDEX) * CLASSES)[None, :, :, None] + classes
+    return tl.load(gradient + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
 def logit_gradient(d, e, outer, label, base, slope, inverse, given, first, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     """Tile of p (base - slope d + outer) - given [class = label]."""
     classes = class_numbers(first, BLOCK_C, LANES)[:, None, None, :]
-    prob = e * of_pixels(inverse)
-    picked = tl.where(classes == of_pixels(label), of_pixels(given), 0.0)
-    return prob * (of_pixels(base) - of_pixels(slope) * d + outer) - picked
+    prob = e * inverse[None, :, :, None]
+    picked = tl.where(classes == label[None, :, :, None], given[None, :, :, None], 0.0)
+    return prob * (base[None, :, :, None] - slope[None, :, :, None] * d + outer) - picked
 
 
 @triton.jit
 def corner_sum(gradient, share):
     """[HIGH, QUADS, LANES]"""
-    return tl.sum(gradient * of_pixels(share), 2)
+    return tl.sum(gradient * share[None, :, :, None], 2)
 
 
 @triton.jit
@@ -367,7 +362,7 @@ def store_corner(
 ):
     classes = class_numbers(first, BLOCK_C, LANES)[:, None, :]
     inside = (classes < CLASSES) & (number < quads)[None, :, None]
-    pointers = out + number[None, :, None] * CLASSES + classes
+    pointers = out + (number[None, :, None] * CLASSES + classes)
     if ADD:
         tile += tl.load(pointers, mask=inside, other=0.0)
     tl.store(pointers, tile, mask=inside)
@@ -412,6 +407,7 @@ def corner_gradients_kernel(
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     LANES: tl.constexpr,
+    INDEX: tl.constexpr,
     WEIGHTED: tl.constexpr,
     POOLED: tl.constexpr,
     CLASS_WEIGHTED: tl.constexpr,
@@ -422,8 +418,8 @@ def corner_gradients_kernel(
     part = program % parts
     block = program // parts % blocks
     batch = tl.cast(program // (parts * blocks), tl.int64)
-    number = tl.cast(block, tl.int64) * QUADS + tl.arange(0, QUADS)
-    quads = tl.cast(quads_y, tl.int64) * quads_x
+    number = tl.cast(block, INDEX) * QUADS + tl.arange(0, QUADS)
+    quads = tl.cast(quads_y, INDEX) * quads_x
     quad = tl.minimum(number, quads - 1)
     qy, qx = quad // quads_x, quad % quads_x
     top, rows = pixels_of_quads(qy, quads_y, height, y_step, y_offset, y_whole)
@@ -431,12 +427,14 @@ def corner_gradients_kernel(
     count = tl.where(number == quad, rows * columns, 0)
     a, b, c, d = corner_offsets(qy, qx, h, w, row_stride, column_stride)
     logits += batch * batch_stride
-    maps = batch * height * width
+    labels += batch * height * width
+    weight += batch * height * width
+    superpixels += batch * height * width
     pooled_gradient += batch * num_ids * CLASSES
     ce_gradient = tl.load(cross_entropy_gradient + batch)
     h_gradient = tl.load(entropy_gradient + batch)
-    out = corners + (batch * parts + part) * 4 * quads * CLASSES
-    next_corner = quads * CLASSES
+    next_corner = tl.cast(quads, tl.int64) * CLASSES
+    out = corners + (batch * parts + part) * 4 * next_corner
     ga = tl.zeros([BLOCK_C // LANES, QUADS, LANES], TYPE)
     gb = tl.zeros([BLOCK_C // LANES, QUADS, LANES], TYPE)
     gc = tl.zeros([BLOCK_C // LANES, QUADS, LANES], TYPE)
@@ -449,7 +447,7 @@ def corner_gradients_kernel(
         inside = pixel < count[:, None]
         y = top[:, None] + pixel // tl.maximum(columns, 1)[:, None]
         x = left[:, None] + pixel % tl.maximum(columns, 1)[:, None]
-        offsets = maps + y.to(tl.int64) * width + x
+        offsets = y * width + x
         label = load_labels(labels, offsets, inside, ignored, CLASSES)
         given = ce_gradient * load_label_weight(class_weight, label, CLASS_WEIGHTED, TYPE)
         slope = h_gradient * load_weight(weight, offsets, inside, WEIGHTED, TYPE)
@@ -469,7 +467,7 @@ def corner_gradients_kernel(
                 z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                 z, e, _, peak, total, weighted = online_softmax(z, peak, total, weighted)
                 if POOLED:
-                    outer = load_pooled_gradient(pooled_gradient, ids, 0, num_ids, CLASSES, BLOCK_C, LANES)
+                    outer = load_pooled_gradient(pooled_gradient, ids, 0, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
                     inner = class_sum(e * outer)
                 else:
                     outer = 0.0
@@ -486,16 +484,16 @@ def corner_gradients_kernel(
                     z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                     z, e, decay, peak, total, weighted = online_softmax(z, peak, total, weighted)
                     if POOLED:
-                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, CLASSES, BLOCK_C, LANES)
+                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
                         inner = inner * decay + class_sum(e * outer)
                 inverse = 1.0 / total
                 base = given + (slope * weighted - inner) * inverse
                 for start in range(0, CLASSES, BLOCK_C):
                     ca, cb, cc, cd = load_corners(logits, a, b, c, d, class_stride, start, CLASSES, BLOCK_C, LANES)
-                    z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd) - of_pixels(peak)
+                    z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd) - peak[None, :, :, None]
                     e = tl.exp(z)
                     if POOLED:
-                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, CLASSES, BLOCK_C, LANES)
+                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
                     else:
                         outer = 0.0
                     gradient = logit_gradient(z, e, outer, label, base, slope, inverse, given, start, BLOCK_C, LANES)
@@ -563,6 +561,7 @@ class Axis(NamedTuple):
     whole: int
     limit: int
     quads: int
+    size: int
     out: int
 
     @classmethod
@@ -571,7 +570,7 @@ class Axis(NamedTuple):
         if align_corners and out == 1:
             whole, step = 1, 0
         # A step of 0 (one position, or one pixel) would divide by 0; that one pixel or position stays where it is.
-        return cls(max(step, 1), offset, whole, (size - 1) * whole, max(size - 1, 1), out)
+        return cls(max(step, 1), offset, whole, (size - 1) * whole, max(size - 1, 1), size, out)
 
     def first(self, quad: int) -> int:
         """First pixel of a quad, or the number of pixels behind the last quad."""
@@ -627,7 +626,17 @@ class Plan(NamedTuple):
         sizes = (*logits.shape[2:], *labels.shape[1:])
         return (*logits.stride(), *sizes, *axes, self.blocks, self.parts, ignored, num_ids)
 
-    def constants(self, classes: int) -> dict[str, int]:
+    def index(self, logits: Tensor, num_ids: int) -> tl.dtype:
+        classes = logits.shape[1]
+        image = sum(stride * (n - 1) for stride, n in zip(logits.stride()[1:], logits.shape[1:], strict=True))
+        # Products of an axis: whole * quads and step * pixel, each at most this.
+        axes = (2 * (axis.size + 1) * (axis.out + 1) for axis in (self.y, self.x))
+        # A block of quads, of pixels or of classes more than there are.
+        most = max(image, *axes, (self.quads + 256) * classes, self.y.out * self.x.out, num_ids * (classes + 1))
+        return tl.int32 if most < 2**30 else tl.int64
+
+    def constants(self, logits: Tensor, num_ids: int) -> dict[str, Any]:
+        classes = logits.shape[1]
         block = min(self.config.n, triton.next_power_of_2(classes))
         return {
             "CLASSES": classes,
@@ -637,6 +646,7 @@ class Plan(NamedTuple):
             "BLOCK_C": block,
             # Eight classes of a tile to a thread.
             "LANES": min(32, max(1, block // 8)),
+            "INDEX": self.index(logits, num_ids),
         }
 
 
@@ -673,7 +683,7 @@ def forward(
         batch * programs,
         *(logits, *_maps(logits, labels, weight, superpixels, class_weight), sums, fixed),
         *(*plan.scalars(logits, labels, ignore_index, num_ids), 2.0**bits),
-        **plan.constants(classes),
+        **plan.constants(logits, num_ids),
         WEIGHTED=weight is not None,
         POOLED=num_ids > 0,
         CLASS_WEIGHTED=class_weight is not None,
@@ -703,7 +713,7 @@ def backward(
     batch, classes, h, w = logits.shape
     num_ids = 0 if superpixels is None or pooled_gradient is None else num_superpixels
     plan = Plan.of("upsample_gradient", logits, labels, align_corners)
-    constants = plan.constants(classes)
+    constants = plan.constants(logits, num_ids)
     new = torch.empty if constants["BLOCK_C"] >= classes else torch.zeros
     corners = new((batch, plan.parts, 4, plan.quads, classes), dtype=logits.dtype, device=logits.device)
     gradients = [cross_entropy_gradient, entropy_gradient, logits if pooled_gradient is None else pooled_gradient]
