@@ -69,7 +69,7 @@ _WALK = (
 # Pixels of all classes in one step: 4096 numbers, 32 to a thread, of which a kernel holds two or three tiles.
 _UPSAMPLE = (
     # Several programs already at 20 x 20 pixels, and several steps over 40 classes.
-    Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(256, 32, 0, 4, 1)),
+    Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(512, 32, 0, 4, 1)),
     Row(ALL, EVERY, 32, ANY, Config(128, 32, 0, 4, 1)),
     Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
     Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
