@@ -103,7 +103,9 @@ def run_of(function: Callable[..., Losses], wide: bool = True) -> Callable[[Case
         generator = torch.Generator().manual_seed(1)
         shape = (size["B"], size["C"], size["h"], size["w"])
         logits = (2 * torch.randn(shape, generator=generator)).to(device, case.torch_dtype)
-        labels, ids = (None if t is None else t.to(device) for t in maps(size["B"], size["C"], (size["H"], size["W"]), size["K"]))
+        labels, ids = (
+            None if t is None else t.to(device) for t in maps(size["B"], size["C"], (size["H"], size["W"]), size["K"])
+        )
         assert labels is not None
         if wide:
             labels, ids = labels.long(), None if ids is None else ids.long()

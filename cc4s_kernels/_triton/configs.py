@@ -1,7 +1,8 @@
 """Tile shapes of the Triton kernels: a plain table, chosen by arithmetic, never by timing at import.
 
 The first row that fits is taken. docs/kernels/random_walk.md (pairwise ops) and docs/kernels/upsample_losses.md say how
-a row is reasoned; `make compile-check` compiles the rows for their GPUs and fails on register spills or too much shared memory.
+a row is reasoned; `make compile-check` compiles the rows for their GPUs and fails on register spills or too much
+shared memory.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def large_inputs(dtype: torch.dtype = torch.float32, classes: int = 21) -> tuple
 def run_large(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Result:
     leaf = logits.detach().requires_grad_()
     out = ck.upsample_losses(leaf, labels, **options)
-    factor = torch.linspace(-1, 1, out.pooled.numel(), dtype=out.pooled.dtype).view_as(out.pooled)
+    factor = torch.linspace(-1, 1, out.pooled.numel(), dtype=out.pooled.dtype, device=leaf.device).view_as(out.pooled)
     total = (out.cross_entropy * 2 - out.entropy).sum() + (out.pooled * factor).sum()
     return Result(tuple(t.detach() for t in out), torch.autograd.grad(total, leaf))
 

@@ -8,7 +8,7 @@ pixels log2(32 / LANES).
 
 Positions are exact. Pixel i of an axis has its source at min(max(step * i + offset, 0), limit) / whole; see `Axis`.
 Logits are float32 or float64, and so is everything computed. Starts of images and scratch are int64; what is inside
-them is INDEX: int32 where everything fits (`Plan.index`), for cheap divisions.
+them is INDEX: int32 where everything fits (`Plan.index_type`), for cheap divisions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fraction_of(pixel, quad, step, offset, whole, limit, TYPE: tl.constexpr):
 
 @triton.jit
 def corner_offsets(y, x, h, w, row, column):
-    """Offsets [QUADS] of the corners of quad (y, x) in an image of logits: upper left and right, lower left and right."""
+    """Offsets [QUADS] of the corners of quads (y, x): upper left, upper right, lower left, lower right."""
     upper, lower = y * row, tl.minimum(y + 1, h - 1) * row
     left, right = x * column, tl.minimum(x + 1, w - 1) * column
     return upper + left, upper + right, lower + left, lower + right
@@ -67,9 +67,7 @@ def load_corner(x, offsets, class_stride, first, CLASSES: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
-def load_corners(
-    x, a, b, c, d, class_stride, first, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr
-):
+def load_corners(x, a, b, c, d, class_stride, first, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
     return (
         load_corner(x, a, class_stride, first, CLASSES, BLOCK_C, LANES),
         load_corner(x, b, class_stride, first, CLASSES, BLOCK_C, LANES),
@@ -80,7 +78,10 @@ def load_corners(
 
 @triton.jit
 def interpolate(a, b, c, d, share_a, share_b, share_c, share_d):
-    """The tile of upsampled logits of corners [HIGH, QUADS, LANES] and their shares [QUADS, PIXELS]. The sum of four shares is exact at the corners, as differences are not."""
+    """The tile of upsampled logits, of corners [HIGH, QUADS, LANES] and their shares [QUADS, PIXELS].
+
+    A sum of four shares is exact at the corners, as differences are not.
+    """
     upper = a[:, :, None, :] * share_a[None, :, :, None] + b[:, :, None, :] * share_b[None, :, :, None]
     return upper + c[:, :, None, :] * share_c[None, :, :, None] + d[:, :, None, :] * share_d[None, :, :, None]
 
@@ -484,7 +485,9 @@ def corner_gradients_kernel(
                     z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                     z, e, decay, peak, total, weighted = online_softmax(z, peak, total, weighted)
                     if POOLED:
-                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
+                        outer = load_pooled_gradient(
+                            pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES
+                        )
                         inner = inner * decay + class_sum(e * outer)
                 inverse = 1.0 / total
                 base = given + (slope * weighted - inner) * inverse
@@ -493,7 +496,9 @@ def corner_gradients_kernel(
                     z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd) - peak[None, :, :, None]
                     e = tl.exp(z)
                     if POOLED:
-                        outer = load_pooled_gradient(pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
+                        outer = load_pooled_gradient(
+                            pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES
+                        )
                     else:
                         outer = 0.0
                     gradient = logit_gradient(z, e, outer, label, base, slope, inverse, given, start, BLOCK_C, LANES)
@@ -538,7 +543,7 @@ def gather_kernel(
     known = (position < positions)[:, None] & (classes < CLASSES)[None, :]
     quads = tl.cast(quads_y, tl.int64) * quads_x
     total = tl.zeros([BLOCK_M, BLOCK_C], gradient.dtype.element_ty)
-    for part in range(0, parts):
+    for part in range(parts):
         start = corners + (batch * parts + part) * 4 * quads * CLASSES
         for corner in tl.static_range(4):
             qy, qx = y - corner // 2, x - corner % 2
@@ -626,7 +631,7 @@ class Plan(NamedTuple):
         sizes = (*logits.shape[2:], *labels.shape[1:])
         return (*logits.stride(), *sizes, *axes, self.blocks, self.parts, ignored, num_ids)
 
-    def index(self, logits: Tensor, num_ids: int) -> tl.dtype:
+    def index_type(self, logits: Tensor, num_ids: int) -> tl.dtype:
         classes = logits.shape[1]
         image = sum(stride * (n - 1) for stride, n in zip(logits.stride()[1:], logits.shape[1:], strict=True))
         # Products of an axis: whole * quads and step * pixel, each at most this.
@@ -646,7 +651,7 @@ class Plan(NamedTuple):
             "BLOCK_C": block,
             # Eight classes of a tile to a thread.
             "LANES": min(32, max(1, block // 8)),
-            "INDEX": self.index(logits, num_ids),
+            "INDEX": self.index_type(logits, num_ids),
         }
 
 
