@@ -67,17 +67,14 @@ _WALK = (
     Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
 )
 
-# Pixels of all classes in one step: 4096 numbers, 32 to a thread, of which a kernel holds two or three tiles.
-_UPSAMPLE = (
-    # Several programs already at 20 x 20 pixels, and several steps over 40 classes.
-    Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(512, 32, 0, 4, 1)),
-    Row(ALL, EVERY, 32, ANY, Config(128, 32, 0, 4, 1)),
-    Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
-    Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
-    Row(ALL, EVERY, ANY, ANY, Config(16, 256, 0, 4, 1)),
-    Row(ALL, DOUBLE, 32, ANY, Config(64, 32, 0, 4, 1)),
-    Row(ALL, DOUBLE, 64, ANY, Config(32, 64, 0, 4, 1)),
-    Row(ALL, DOUBLE, ANY, ANY, Config(16, 128, 0, 4, 1)),
+# Several programs already at 20 x 20 pixels, and several steps over 40 classes.
+_UPSAMPLE_INTERPRETER = Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(512, 32, 0, 4, 1))
+# In registers, 32 bits each: a quarter of a thread's 255 for one tile of pixels x classes is two tiles with what else
+# is needed, an eighth is three of them and the sums of four corners.
+_UPSAMPLE_DOUBLE = (
+    Row(ALL, DOUBLE, 32, ANY, Config(32, 32, 0, 4, 1)),
+    Row(ALL, DOUBLE, 64, ANY, Config(16, 64, 0, 4, 1)),
+    Row(ALL, DOUBLE, ANY, ANY, Config(8, 128, 0, 4, 1)),
 )
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -162,8 +159,24 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
     ),
-    "upsample_losses": _UPSAMPLE,
-    "upsample_gradient": _UPSAMPLE,
+    "upsample_losses": (
+        _UPSAMPLE_INTERPRETER,
+        Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 1, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 2, 1)),
+        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 2, 1)),
+        Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
+        Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
+        *_UPSAMPLE_DOUBLE,
+    ),
+    "upsample_gradient": (
+        _UPSAMPLE_INTERPRETER,
+        Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 2, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
+        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
+        Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
+        Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
+        *_UPSAMPLE_DOUBLE,
+    ),
     # Bound by memory.
     "upsample_sum": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(512, 0, 0, 4, 1)),),
     "upsample_gather": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(32, 32, 0, 4, 1)),),

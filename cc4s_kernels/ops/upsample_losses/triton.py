@@ -317,21 +317,28 @@ def sum_kernel(
 
 
 @triton.jit
-def load_pooled_gradient(
+def pooled_gradients(
     gradient,  # [K, CLASSES] of an image
     ids,  # [QUADS, PIXELS]
     first,
     num_ids,
-    INDEX: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     LANES: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
-    """Tile of the gradient of the sums that each pixel went into, 0 where none."""
-    classes = class_numbers(first, BLOCK_C, LANES)[:, None, None, :]
-    inside = (ids < num_ids)[None, :, :, None] & (classes < CLASSES)
-    offsets = (ids.to(INDEX) * CLASSES)[None, :, :, None] + classes
-    return tl.load(gradient + offsets, mask=inside, other=0.0)
+    """Tile of the gradient of the sums that each pixel went into, 0 where none: one row for each id in the tile."""
+    classes = class_numbers(first, BLOCK_C, LANES)
+    tile = tl.zeros([BLOCK_C // LANES, ids.shape[0], ids.shape[1], LANES], TYPE)
+    left = ids
+    current = tl.min(left)
+    while current < num_ids:
+        hit = left == current
+        row = tl.load(gradient + tl.cast(current, tl.int64) * CLASSES + classes, mask=classes < CLASSES, other=0.0)
+        tile = tl.where(hit[None, :, :, None], row[:, None, None, :], tile)
+        left = tl.where(hit, num_ids, left)
+        current = tl.min(left)
+    return tile
 
 
 @triton.jit
@@ -468,7 +475,7 @@ def corner_gradients_kernel(
                 z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                 z, e, _, peak, total, weighted = online_softmax(z, peak, total, weighted)
                 if POOLED:
-                    outer = load_pooled_gradient(pooled_gradient, ids, 0, num_ids, INDEX, CLASSES, BLOCK_C, LANES)
+                    outer = pooled_gradients(pooled_gradient, ids, 0, num_ids, CLASSES, BLOCK_C, LANES, TYPE)
                     inner = class_sum(e * outer)
                 else:
                     outer = 0.0
@@ -485,9 +492,7 @@ def corner_gradients_kernel(
                     z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd)
                     z, e, decay, peak, total, weighted = online_softmax(z, peak, total, weighted)
                     if POOLED:
-                        outer = load_pooled_gradient(
-                            pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES
-                        )
+                        outer = pooled_gradients(pooled_gradient, ids, start, num_ids, CLASSES, BLOCK_C, LANES, TYPE)
                         inner = inner * decay + class_sum(e * outer)
                 inverse = 1.0 / total
                 base = given + (slope * weighted - inner) * inverse
@@ -496,9 +501,7 @@ def corner_gradients_kernel(
                     z = interpolate(ca, cb, cc, cd, sa, sb, sc, sd) - peak[None, :, :, None]
                     e = tl.exp(z)
                     if POOLED:
-                        outer = load_pooled_gradient(
-                            pooled_gradient, ids, start, num_ids, INDEX, CLASSES, BLOCK_C, LANES
-                        )
+                        outer = pooled_gradients(pooled_gradient, ids, start, num_ids, CLASSES, BLOCK_C, LANES, TYPE)
                     else:
                         outer = 0.0
                     gradient = logit_gradient(z, e, outer, label, base, slope, inverse, given, start, BLOCK_C, LANES)
