@@ -69,8 +69,6 @@ _WALK = (
 
 # Several programs already at 20 x 20 pixels, and several steps over 40 classes.
 _UPSAMPLE_INTERPRETER = Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(512, 32, 0, 4, 1))
-# In registers, 32 bits each: a quarter of a thread's 255 for one tile of pixels x classes is two tiles with what else
-# is needed, an eighth is three of them and the sums of four corners.
 _UPSAMPLE_DOUBLE = (
     Row(ALL, DOUBLE, 32, ANY, Config(32, 32, 0, 4, 1)),
     Row(ALL, DOUBLE, 64, ANY, Config(16, 64, 0, 4, 1)),
@@ -159,11 +157,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
     ),
+    # 64 numbers of a tile in a thread where no four sums of corners stand beside them, else 32, or 8 of float64.
     "upsample_losses": (
         _UPSAMPLE_INTERPRETER,
         Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 1, 1)),
-        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 2, 1)),
-        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 2, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
+        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
         Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
         Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
         *_UPSAMPLE_DOUBLE,
