@@ -24,6 +24,9 @@ from torch import Tensor
 
 Run = Callable[[], Sequence[Tensor]]
 
+# What each length of a case becomes for a warm-up: positions, logits, pixels, superpixels.
+SMALL = {"N": 256, "h": 16, "w": 16, "H": 64, "W": 64, "K": 16}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -111,14 +114,14 @@ class Rates:
         return max((amount / rate for amount, rate in parts if amount), default=None)
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of a baseline, compiled at its first call."""
-    made: list[Callable[..., Tensor]] = []
+    made: list[Callable[..., Any]] = []
 
-    def run(*tensors: Tensor) -> Tensor:
+    def run(*arguments: Any) -> Any:
         if not made:
             made.append(torch.compile(function))
-        return made[0](*tensors)
+        return made[0](*arguments)
 
     return run
 
@@ -209,7 +212,8 @@ def own_peak_memory(op: str, provider: str, case: Case) -> float:
     device = torch.device("cpu")
     made = provider_of(op, provider)
     # A tiny case first: code, thread pools and workspaces of the libraries are not the op's memory.
-    tiny = Case(case.op, {**case.size, "N": 256} if "N" in case.size else case.size, case.dtype, case.pass_, 0, 0, 0)
+    size = {key: min(value, SMALL.get(key, value)) for key, value in case.size.items()}
+    tiny = Case(case.op, size, case.dtype, case.pass_, 0, 0, 0)
     made.make(tiny, device)()
     run = made.make(case, device)
     gc.collect()

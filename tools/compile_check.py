@@ -33,10 +33,12 @@ import torch
 from tools import cuda_check, nvcc
 
 PAIRWISE = ("random_walk", "transition_consistency", "transition_matrix")
-OPS = (*PAIRWISE, "potts")
+OPS = (*PAIRWISE, "potts", "upsample_losses")
 PUBLISHED = (64, 512)
 SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
+CLASSES = (21, 60, 2, 128, 255, 1000)
+"""Of upsample_losses: VOC 2012, Pascal Context, and one of every class of the table."""
 
 KIBI = 1024
 # Largest dynamic shared memory of a block, CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -84,11 +86,18 @@ Case = tuple[str, torch.dtype, str, int, int]
 
 
 def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
-    """(op, dtype, precision of float32 products, d, D); d and D are 0 for ops without them."""
+    """(op, dtype, precision of float32 products, d, D); d is the number of classes of upsample_losses, and d and D are
+    0 for ops without them."""
     kinds = [(torch.bfloat16, "ieee")]
     if full:
         kinds += [(torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
     for op in ops:
+        if op == "upsample_losses":
+            # Its kernels see no other dtypes.
+            for dtype in (torch.float32, torch.float64) if full else (torch.float32,):
+                for classes in CLASSES if full else CLASSES[:2]:
+                    yield op, dtype, "ieee", classes, 0
+            continue
         for dtype, precision in kinds:
             # float16 compiles as bfloat16 does.
             sizes = SIZES if full and dtype != torch.float16 else (PUBLISHED,)
@@ -123,6 +132,8 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
     kernels = importlib.import_module(f"cc4s_kernels.ops.{op}.triton")
     if op == "potts":
         return run_potts(kernels, dtype)
+    if op == "upsample_losses":
+        return run_upsample_losses(kernels, dtype, key, variants)
     n = 3481
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -146,13 +157,38 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
             kernels.backward(q, k, lse2, matrix, 1.0, normalize)
 
 
+def run_upsample_losses(kernels: Any, dtype: torch.dtype, classes: int, variants: bool) -> None:
+    """At the published size with and without superpixels; `variants` adds half-pixel centres and other upsamplings."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    ids = 800
+    for side in (465, 233, 59, 30) if variants else (465,):
+        size = (2, side, side)
+        labels = empty(*size, of=torch.uint8 if classes <= 255 else torch.int32)
+        maps = (empty(*size, of=torch.bool), empty(*size, of=torch.int32), empty(classes))
+        for given in ((None, None, None), maps):
+            num_ids = 0 if given[1] is None else ids
+            pooled = None if given[1] is None else empty(2, ids, classes)
+            arguments = (empty(2, classes, 59, 59), labels, *given, num_ids, 255, side == 465)
+            kernels.forward(*arguments)
+            kernels.backward(empty(2), empty(2), pooled, *arguments)
+
+
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
+# The constants that say how large a tile is.
+SHAPE = ("BLOCK_M", "BLOCK_N", "QUADS", "PIXELS", "BLOCK_C")
 
 
 def job_of(target: str, case: str, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any) -> Job:
@@ -192,7 +228,8 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
     jobs: dict[Any, Job] = {}
     for op, dtype, precision, key, value in cases(ops, full):
         name = str(dtype).removeprefix("torch.") if precision == "ieee" else precision
-        case = name + (f" d={key}" if key else "") + (f" D={value}" if value else "")
+        width = "C" if op == "upsample_losses" else "d"
+        case = name + (f" {width}={key}" if key else "") + (f" D={value}" if value else "")
 
         def record(
             kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: Any, case: str = case
@@ -202,7 +239,8 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
 
         torch.backends.cuda.matmul.fp32_precision = precision
         with launch.recording(target, record):
-            run_op(op, dtype, key, value, variants=full and (key, value or PUBLISHED[1]) == PUBLISHED)
+            published = key == CLASSES[0] if op == "upsample_losses" else (key, value or PUBLISHED[1]) == PUBLISHED
+            run_op(op, dtype, key, value, variants=full and published)
     return list(jobs.values())
 
 
@@ -223,8 +261,9 @@ def compile_job(job: Job) -> Found:
     source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in job.divisible})
     flags = [f"{name}={value}" for name, value in job.constants if name.isupper() and value is True]
     flags += [constants["RELAXATION"]] if "RELAXATION" in constants else []
-    case = " ".join([job.case, f"{constants['BLOCK_M']}x{constants.get('BLOCK_N', '-')}", *flags])
-    shape = (job.target, job.kernel, case, job.warps, job.stages)
+    shape = "x".join(str(constants[name]) for name in SHAPE if name in constants)
+    case = " ".join([job.case, shape, *flags])
+    head = (job.target, job.kernel, case, job.warps, job.stages)
     try:
         compiled = triton.compile(
             source,
@@ -234,9 +273,9 @@ def compile_job(job: Job) -> Found:
         registers, spills = resources(compiled.asm["ptx"], capability)
     except Exception as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
-        return Found(*shape, 0, 0, 0, SHARED_LIMIT[job.target], 0, time.perf_counter() - start, message[-1])
+        return Found(*head, 0, 0, 0, SHARED_LIMIT[job.target], 0, time.perf_counter() - start, message[-1])
     return Found(
-        *shape,
+        *head,
         registers,
         spills,
         compiled.metadata.shared,

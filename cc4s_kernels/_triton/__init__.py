@@ -44,14 +44,14 @@ def missing() -> str | None:
     return None
 
 
-def refuses(tensor: Tensor, name: str) -> str | None:
-    """Why Triton kernels cannot take `tensor`, or None."""
-    if tensor.dtype not in DTYPES:
+def refuses(tensor: Tensor, name: str, *, widened: bool = False) -> str | None:
+    """Why Triton kernels cannot take `tensor`, or None. `widened`: they see it in float32 or float64 only."""
+    if not widened and tensor.dtype not in DTYPES:
         return f"{name} is {tensor.dtype}, Triton kernels take float32, float16 and bfloat16"
     if INTERPRETED:
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, the interpreter (TRITON_INTERPRET=1) takes CPU tensors"
-        if tensor.dtype == torch.bfloat16:
+        if not widened and tensor.dtype == torch.bfloat16:
             return f"{name} is torch.bfloat16, whose arithmetic is wrong in the interpreter (TRITON_INTERPRET=1)"
         return None
     if tensor.device.type != "cuda":

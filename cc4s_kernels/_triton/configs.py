@@ -1,7 +1,8 @@
-"""Tile shapes of the pairwise Triton kernels: a plain table, chosen by arithmetic, never by timing at import.
+"""Tile shapes of the Triton kernels: a plain table, chosen by arithmetic, never by timing at import.
 
-The first row that fits is taken. docs/kernels/random_walk.md says how a row is reasoned; `make compile-check`
-compiles the rows for their GPUs and fails on register spills or too much shared memory.
+The first row that fits is taken. docs/kernels/random_walk.md (pairwise ops) and docs/kernels/upsample_losses.md say how
+a row is reasoned; `make compile-check` compiles the rows for their GPUs and fails on register spills or too much
+shared memory.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 Target = Literal["sm_80", "sm_86", "sm_90", "sm_100", "interpreter"]
 """sm_86 stands for the chips with 99 KiB of shared memory (8.6, 8.9, 12.x)."""
 
-Kind = Literal["float32", "tf32", "half"]
+Kind = Literal["float64", "float32", "tf32", "half"]
 
 
 class Config(NamedTuple):
     """Shape of a kernel instance.
 
     m: positions a program owns. n: positions of the other side in one step. v: value columns in one step.
-    warps: of 32 threads. stages: tiles in flight.
+    warps: of 32 threads. stages: tiles in flight. `upsample_*`: m pixels (or positions), n classes in one step.
     """
 
     m: int
@@ -31,7 +32,8 @@ class Config(NamedTuple):
 
 
 class Row(NamedTuple):
-    """targets, kinds: where the row counts. key, value: largest d and D. config: what is then taken."""
+    """targets, kinds: where the row counts. key, value: largest d (or number of classes) and D. config: what is then
+    taken."""
 
     targets: tuple[Target, ...]
     kinds: tuple[Kind, ...]
@@ -45,6 +47,7 @@ ALL: tuple[Target, ...] = ("sm_80", "sm_86", "sm_90", "sm_100")
 HOPPER: tuple[Target, ...] = ("sm_90", "sm_100")
 AMPERE: tuple[Target, ...] = ("sm_80", "sm_86")
 EVERY: tuple[Kind, ...] = ("float32", "tf32", "half")
+DOUBLE: tuple[Kind, ...] = ("float64",)
 
 # Several tiles already at N = 33.
 INTERPRETER = Row(("interpreter",), EVERY, ANY, ANY, Config(32, 32, 32, 4, 1))
@@ -62,6 +65,14 @@ _WALK = (
     Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 64, 8, 1)),
     Row(ALL, ("float32",), 64, ANY, Config(64, 32, 64, 8, 2)),
     Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
+)
+
+# Several programs already at 20 x 20 pixels, and several steps over 40 classes.
+_UPSAMPLE_INTERPRETER = Row(("interpreter",), EVERY + DOUBLE, ANY, ANY, Config(512, 32, 0, 4, 1))
+_UPSAMPLE_DOUBLE = (
+    Row(ALL, DOUBLE, 32, ANY, Config(32, 32, 0, 4, 1)),
+    Row(ALL, DOUBLE, 64, ANY, Config(16, 64, 0, 4, 1)),
+    Row(ALL, DOUBLE, ANY, ANY, Config(8, 128, 0, 4, 1)),
 )
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -146,12 +157,40 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
     ),
+    # 64 numbers of a tile in a thread where no four sums of corners stand beside them, else 32, or 8 of float64.
+    "upsample_losses": (
+        _UPSAMPLE_INTERPRETER,
+        Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 1, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
+        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
+        Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
+        Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
+        *_UPSAMPLE_DOUBLE,
+    ),
+    "upsample_gradient": (
+        _UPSAMPLE_INTERPRETER,
+        Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 2, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
+        Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
+        Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
+        Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
+        *_UPSAMPLE_DOUBLE,
+    ),
+    # Bound by memory.
+    "upsample_sum": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(512, 0, 0, 4, 1)),),
+    "upsample_gather": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(32, 32, 0, 4, 1)),),
 }
 
 
 def choose(kernel: str, target: Target, dtype: torch.dtype, precision: str, key: int, value: int = 0) -> Config:
-    """The configuration of `kernel` for d = key and D = value."""
-    kind: Kind = "half" if dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
+    """The configuration of `kernel` for d = key (or that many classes) and D = value."""
+    kind: Kind
+    if dtype == torch.float64:
+        kind = "float64"
+    elif dtype == torch.float32:
+        kind = "tf32" if precision == "tf32" else "float32"
+    else:
+        kind = "half"
     for row in TABLE[kernel]:
         if target in row.targets and kind in row.kinds and key <= row.key and value <= row.value:
             return row.config
