@@ -315,10 +315,11 @@ def run_case(
         if provider.reference not in results:
             notes[provider.name] = f"not compared: no result of {provider.reference}"
             continue
-        errors[provider.name] = error = relative_error(results[provider.name], results[provider.reference])
+        found = relative_error(results[provider.name], results[provider.reference])
+        errors[provider.name] = found
         # NaN is wrong too.
-        if not error <= provider.tolerance:
-            notes[provider.name] = f"wrong: relative error {error:.2e}, allowed {provider.tolerance:.0e}"
+        if not found <= provider.tolerance:
+            notes[provider.name] = f"wrong: relative error {found:.2e}, allowed {provider.tolerance:.0e}"
             del runs[provider.name], times[provider.name]
     del results
     quick = [name for name in runs if not times[name]]

@@ -81,18 +81,20 @@ def page(content: dict[str, Any]) -> str:
 def _gpu_facts(machine: dict[str, Any]) -> str:
     if "gpu" not in machine:
         return ""
-    driver, *clocks = (machine.get(key, "?") for key in ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"))
-    sm, highest, memory = clocks
+    keys = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem")
+    driver, sm, highest, memory = (machine.get(key, "unknown") for key in keys)
     return (
-        f" Driver {driver}, CUDA {machine['cuda']}, SM clock {sm} after the last case (at most {highest}), memory clock "
-        f"{memory}, float32 products in {machine['float32_matmul_precision']} precision. Times are between events on the "
-        "GPU, with cold caches."
+        f" Driver {driver}, CUDA {machine['cuda']}, SM clock {sm} after the last case (at most {highest}), memory clock"
+        f" {memory}, float32 products in {machine['float32_matmul_precision']} precision. Times are between events on"
+        " the GPU, with cold caches."
     )
 
 
 def files(content: dict[str, Any]) -> dict[str, bytes]:
-    """By suffix: the rows as CSV, the page, and the plot of what has times, where matplotlib is installed (else the page
-    says so)."""
+    """By suffix: the rows as CSV, the page, and the plot of what has times.
+
+    Without matplotlib there is no plot, and the page says so.
+    """
     rows, text = content["rows"], page(content)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))

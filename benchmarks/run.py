@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, help="leaves out a provider that needs more s for a call; 300 on a CPU")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--rates", type=Path, metavar="FILE", help="rates of the machine: read, else measured and written")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="the machine's rates: read, or measured and written")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,10 +1,11 @@
 """Proves and measures everything on a machine with a GPU, and needs no network: `make gpu`, or
 
-    python -m tools.gpu [--out DIR] [--parts build test sanitize bench] [--ops random_walk ...] [--minutes 9.5] [--dry-run]
+    python -m tools.gpu [--out DIR] [--parts build test sanitize bench] [--ops random_walk ...] [--minutes 9.5]
+                        [--dry-run]
 
 build: the C++ and the CUDA extension in place, for the GPU that is there. test: the self-test, and the tests marked
-`gpu`, a process for each file. sanitize: compute-sanitizer (memcheck, racecheck) on a forward and a backward of each op.
-bench: each op at its published sizes against its baselines.
+`gpu`, a process for each file. sanitize: compute-sanitizer (memcheck, racecheck) on a forward and a backward of each
+op. bench: each op at its published sizes against its baselines.
 
 Every part has its share of the time, and what it does not use is left to the next. Each command is a process of its
 own: what fails, hangs or crashes loses nothing of the others. After each one DIR/<gpu>-<date>.json is renewed:
@@ -220,27 +221,26 @@ def gpu_test_files(ops: Sequence[str]) -> list[Path]:
 def test_jobs(setting: Setting) -> Iterator[Job]:
     yield Job("selftest", (setting.python, "-m", "cc4s_kernels.info", "--selftest"))
     for path in gpu_test_files(setting.ops):
-        yield _pytest(setting, path.stem.removeprefix("test_"), path, (), {})
+        yield _pytest(setting, path.stem.removeprefix("test_"), path, [], {})
 
 
 def sanitize_jobs(setting: Setting) -> Iterator[Job]:
     lacking = None if setting.sanitizer else "compute-sanitizer is not found in PATH, CUDA_HOME or /usr/local/cuda"
     for number, (tool, op) in enumerate((tool, op) for tool in ("memcheck", "racecheck") for op in setting.ops):
         # A port of its own for each one, as several run at a time.
-        sanitizer = (str(setting.sanitizer or "compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
-        sanitizer += ("--base-port", str(6300 + 20 * number))
+        sanitizer = [str(setting.sanitizer or "compute-sanitizer"), "--tool", tool, "--error-exitcode", "9"]
+        sanitizer += ["--base-port", str(6300 + 20 * number)]
         # Blocks of the allocator are no tensors: memcheck would not see where one ends.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
         path = ROOT / f"tests/ops/test_{op}.py"
-        job = _pytest(setting, f"{tool} {op}", path, sanitizer, environment, lacking)
-        yield job
+        yield _pytest(setting, f"{tool} {op}", path, sanitizer, environment, lacking)
 
 
 def _pytest(
     setting: Setting,
     name: str,
     path: Path,
-    sanitizer: tuple[str, ...],
+    sanitizer: Sequence[str],
     environment: Mapping[str, str],
     lacking: str | None = None,
 ) -> Job:
@@ -381,7 +381,7 @@ def _finish(one: _Running, log: Path, outcome: str = "", reason: str = "") -> Re
 
 
 def junit_summary(path: Path | None) -> dict[str, Any] | None:
-    """Counts of a JUnit file, the failures by name with their first line, and the reasons of skips with their counts."""
+    """Of a JUnit file the counts, the failures by name with their first line, and the skips by reason."""
     if path is None or not path.exists():
         return None
     try:
@@ -461,7 +461,8 @@ class Record:
 
     def page(self) -> str:
         """What became of each part, as Markdown."""
-        lines = [f"# {self.content['machine'].get('gpu', 'No GPU')}", "", "| part | job | outcome | s | |", "|" + "---|" * 5]
+        gpu = self.content["machine"].get("gpu", "No GPU")
+        lines = [f"# {gpu}", "", "| part | job | outcome | s | |", "|---|---|---|---:|---|"]
         for part, content in self.content["parts"].items():
             for job in content["jobs"]:
                 tests = job["tests"]
@@ -494,8 +495,8 @@ def run_part(part: str, jobs: Sequence[Job], record: Record, seconds: float) -> 
         }
         record.write()
         counts = f"  {result.tests['passed']} passed, {result.tests['failed']} failed" if result.tests else ""
-        print(f"{part:<9}{result.name:<36}{result.outcome:<10}{result.seconds:6.0f} s{counts}  {result.reason}".rstrip())
-        sys.stdout.flush()
+        line = f"{part:<9}{result.name:<36}{result.outcome:<10}{result.seconds:6.0f} s{counts}  {result.reason}"
+        print(line.rstrip(), flush=True)
 
     run_jobs(jobs, log, workers(part), seconds, done)
     return part_outcome(results)
