@@ -350,6 +350,9 @@ def run_case(
 
 def _failure(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
+    # A backend that does not take the case, such as a dtype, says why.
+    if "cannot run there: " in lines[0]:
+        return f"left out: {lines[0].partition('cannot run there: ')[2]}"
     return f"failed: {type(error).__name__}: {lines[0][:200]}"
 
 
@@ -376,8 +379,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         # TF32 is off.
         facts["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-        found = _output(["nvidia-smi", "-i", "0", f"--query-gpu={','.join(query)}", "--format=csv,noheader"])
-        facts |= dict(zip(query, found.split(", "), strict=False))
+        chip = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        found = _output(["nvidia-smi", "-i", chip, f"--query-gpu={','.join(query)}", "--format=csv,noheader"])
+        values = found.split(", ")
+        # Else there is no nvidia-smi, or it does not know the device.
+        if len(values) == len(query):
+            facts |= dict(zip(query, values, strict=True))
     return facts
 
 

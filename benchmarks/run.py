@@ -57,9 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{number}/{len(cases)}] {case.title}", file=sys.stderr, flush=True)
         # What was compiled for another size would make torch compile for any size.
         torch.compiler.reset()
+        providers = BENCHMARKS[case.op].providers(case, device)
+        if device.type == "cuda":
+            providers = [provider for provider in providers if not provider.name.startswith("cc4s cpu")]
         rows += run_case(
             case,
-            BENCHMARKS[case.op].providers(case, device),
+            providers,
             device,
             rates,
             seconds=options.seconds,

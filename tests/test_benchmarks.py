@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cc4s_kernels as ck
 from benchmarks import report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
@@ -123,6 +124,18 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "eager" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert len(out.with_suffix(".csv").read_text().splitlines()) == 3
+
+
+def test_a_backend_that_does_not_take_a_case_is_left_out() -> None:
+    case = Case("slic", {"B": 1}, "uint8", "forward", 0, 0, 0)
+
+    def run() -> list[torch.Tensor]:
+        with ck.use_backend("cuda"):
+            return [ck.slic(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4)]
+
+    (row,) = run_case(case, [Provider("cc4s cuda", lambda case, device: run)], CPU, Rates(), seconds=0, memory=False)
+    assert row.note.startswith("left out: ")
+    assert not row.broken
 
 
 def test_a_broken_row_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
