@@ -5,8 +5,13 @@
 #                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
 #                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
 #   make bench     every op against its baselines; OPS="slic potts" takes some, JSON=FILE also writes rows, tables, plot
+#   make gpu       on a machine with a GPU, in its own Python and without a network: build, tests, compute-sanitizer and
+#                  benchmarks, results in benchmarks/results; OUT=DIR, PARTS="build bench", OPS="slic potts", MINUTES=9.5,
+#                  DRY_RUN=1 only prints the commands; docs/gpu.md
 SHELL := /bin/bash
 PYTHON ?= python3
+# Before .venv comes to the front of PATH.
+MACHINE_PYTHON := $(shell command -v $(PYTHON))
 VENV ?= .venv
 BIN := $(VENV)/bin
 # ninja and the console scripts of the environment.
@@ -14,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton bench compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton bench gpu compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +63,10 @@ compile-check: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run $(foreach op,$(OPS),--op $(op)) $(if $(JSON),--json $(JSON))
+
+gpu:
+	$(MACHINE_PYTHON) -m tools.gpu $(if $(OUT),--out $(OUT)) $(if $(PARTS),--parts $(PARTS)) $(if $(OPS),--ops $(OPS)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY_RUN),--dry-run)
 
 format: build
 	$(BIN)/ruff check --fix .

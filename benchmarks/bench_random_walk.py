@@ -14,6 +14,8 @@ from benchmarks.harness import Case, Provider, Run, compiled
 OP = "random_walk"
 # The published size and a large crop.
 SIZES = ({"B": 1, "N": 3481, "d": 64, "D": 512}, {"B": 1, "N": 16384, "d": 64, "D": 512})
+# A batch of training, and what fills a large GPU.
+GPU_SIZES = ({"B": 12, "N": 3481, "d": 64, "D": 512}, {"B": 4, "N": 16384, "d": 64, "D": 512})
 
 
 def cases(sizes: Sequence[dict[str, int]] = SIZES, dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[Case]:

@@ -13,6 +13,7 @@ from benchmarks.harness import Case, Provider, Run, compiled
 OP = "superpixel_boundaries"
 # The crop of the training recipe.
 SIZES = ({"B": 1, "H": 465, "W": 465},)
+GPU_SIZES = ({"B": 16, "H": 465, "W": 465},)
 
 
 def cases(sizes: Sequence[dict[str, int]] = SIZES, dtypes: Sequence[str] = ("int32",)) -> list[Case]:

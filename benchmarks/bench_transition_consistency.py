@@ -14,6 +14,8 @@ from benchmarks.harness import Case, Provider, Run, compiled
 OP = "transition_consistency"
 # Square grids, as a flip needs them: 59^2 is the published size.
 SIZES = ({"B": 1, "N": 3481, "d": 64}, {"B": 1, "N": 16384, "d": 64})
+# A batch of training; matrices of one large image, as several of them would fill the memory.
+GPU_SIZES = ({"B": 12, "N": 3481, "d": 64}, {"B": 1, "N": 16384, "d": 64})
 
 
 def cases(sizes: Sequence[dict[str, int]] = SIZES, dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[Case]:

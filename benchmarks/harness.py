@@ -3,6 +3,9 @@
 A provider is one way to compute a case (an op, sizes, a dtype and a pass). All providers of a case run in turn, round
 after round, so that whatever else the machine does falls on all of them; a row holds the median and the 20th and 80th
 percentile over rounds. Before it is timed, every provider is compared with the case's definition.
+
+On a GPU a call is timed between two events, and before each call `FLUSH_BYTES` are written: no input is in a cache, and
+the host has that long (0.1 to 0.3 ms) to queue the call. Of what the host needs for a call, only the rest shows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ Run = Callable[[], Sequence[Tensor]]
 
 # What each length of a case becomes for a warm-up: positions, logits, pixels, superpixels.
 SMALL = {"N": 256, "h": 16, "w": 16, "H": 64, "W": 64, "K": 16}
+# Several times the last-level cache of any GPU.
+FLUSH_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Provider:
 
 @dataclass
 class Row:
-    """One measured line; without times where the provider was left out, with the reason in `note`."""
+    """One measured line; without times where the provider was left out, failed, or is wrong, as `note` says."""
 
     op: str
     size: dict[str, int]
@@ -92,13 +98,18 @@ class Row:
     roofline_share: float | None
     note: str = ""
 
+    @property
+    def broken(self) -> bool:
+        """A wrong result, or a kernel of this package that failed. A baseline may run out of memory."""
+        return self.note.startswith("wrong") or (self.note.startswith("failed") and self.provider.startswith("cc4s"))
+
 
 @dataclass
 class Rates:
     """What the machine reaches in this run, for the roofline: measured, not quoted.
 
-    gemm: FLOP/s of a 2048-cubed matrix product, by dtype. exp: exponentials per second. copy: bytes per second read
-    plus written.
+    gemm: FLOP/s of a cubic matrix product (2048 on a CPU, 8192 on a GPU), by dtype. exp: exponentials per second, on a
+    GPU of its instruction for them. copy: bytes per second read plus written.
     """
 
     gemm: dict[str, float] = field(default_factory=dict)
@@ -120,7 +131,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         if not made:
-            made.append(torch.compile(function))
+            # Each size for itself: a graph of any size would be a weaker baseline.
+            made.append(torch.compile(function, dynamic=False))
         return made[0](*arguments)
 
     return run
@@ -131,9 +143,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@lru_cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
 def timed(run: Run, device: torch.device) -> float:
-    """Seconds of one call."""
+    """Seconds of one call; the module says how on a GPU."""
     synchronize(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush_buffer(device).zero_()
+        begin.record()
+        run()
+        end.record()
+        synchronize(device)
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     run()
     synchronize(device)
@@ -145,29 +170,35 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
-    """Medians of seven runs each, or of what fits into two seconds."""
+    """Medians of seven runs each, or of what fits into two seconds; on a GPU of as many as raise its clocks."""
     rates = Rates()
+    gpu = device.type == "cuda"
 
     def best(run: Run) -> float:
         times = [timed(run, device)]
         if times[0] < 2:
             times = [timed(run, device)]
-        while len(times) < 7 and sum(times) < 2:
+        while (sum(times) < 0.3) if gpu else (len(times) < 7 and sum(times) < 2):
             times.append(timed(run, device))
         return quantile(times, 0.5)
 
-    n = 2048 if device.type == "cpu" else 8192
+    n = 8192 if gpu else 2048
     for dtype in dtypes:
         if not getattr(torch, dtype).is_floating_point:
             continue
         a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
         rates.gemm[dtype] = 2 * n**3 / best(lambda a=a: (a @ a,))
     # Larger than the caches; outputs are preallocated, so that page faults do not count.
-    x = torch.randn(1 << (25 if device.type == "cpu" else 28), device=device)
+    x = torch.randn(1 << (28 if gpu else 25), device=device)
     out = torch.empty_like(x)
     rates.copy = 2 * x.numel() * 4 / best(lambda: (out.copy_(x),))
-    # Inside the cache: the rate of the instruction, not of memory.
-    small = torch.randn(1 << (16 if device.type == "cpu" else 24), device=device)
+    # The rate of the instruction, not of memory: inside the cache, or a kernel that reads nothing.
+    if gpu:
+        from benchmarks import exp_rate
+
+        rates.exp = exp_rate.COUNT / best(lambda: (exp_rate.run(device),))
+        return rates
+    small = torch.randn(1 << 16, device=device)
     small_out = torch.empty_like(small)
     rates.exp = small.numel() / best(lambda: (torch.exp(small, out=small_out),))
     return rates
@@ -185,14 +216,13 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return worst
 
 
-def peak_memory(op: str, provider: str, case: Case, device: torch.device) -> float:
-    """MB that one call needs beyond its inputs, of a process of its own (CPU) or of the allocator (GPU)."""
+def peak_memory(op: str, provider: str, case: Case, run: Run, device: torch.device) -> float:
+    """MB that one call needs beyond its inputs: of the allocator (GPU, where `run` is warm), or of a process of its
+    own (CPU)."""
     if device.type == "cuda":
-        from benchmarks.registry import provider_of
-
-        run = provider_of(op, provider).make(case, device)
-        torch.cuda.reset_peak_memory_stats(device)
+        synchronize(device)
         before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
@@ -259,31 +289,44 @@ def run_case(
         memory: measure peak memory too.
         limit: a provider that would take longer than this for one call is left out, and its row says so.
 
-    Raises:
-        AssertionError: a provider's result is wrong.
+    A provider that raises or whose result is wrong has a row without times that says so, and the others go on.
     """
     runs: dict[str, Run] = {}
     results: dict[str, list[Tensor]] = {}
     notes = {provider.name: provider.note for provider in providers}
     times: dict[str, list[float]] = {}
     for provider in providers:
-        expected = expected_seconds(case, provider, device) if limit < float("inf") else 0.0
-        if expected > limit:
-            notes[provider.name] = f"left out: about {expected:.0f} s a call"
+        try:
+            expected = expected_seconds(case, provider, device) if limit < float("inf") else 0.0
+            if expected > limit:
+                notes[provider.name] = f"left out: about {expected:.0f} s a call"
+                continue
+            run = provider.make(case, device)
+            start = time.perf_counter()
+            results[provider.name] = [tensor.detach().to(device) for tensor in run()]
+            synchronize(device)
+        except Exception as error:
+            notes[provider.name] = _failure(error)
             continue
-        run = runs[provider.name] = provider.make(case, device)
-        start = time.perf_counter()
-        results[provider.name] = [tensor.detach() for tensor in run()]
+        runs[provider.name] = run
         first = time.perf_counter() - start
-        # Warm-up does not show in a call of that length.
-        times[provider.name] = [first] if first > max(seconds, 10) else []
+        # Warm-up does not show in a call of that length; compilation does.
+        once = first > max(seconds, 10) and device.type == "cpu" and not provider.name.startswith("compiled")
+        times[provider.name] = [first] if once else []
     errors: dict[str, float | None] = {}
     for provider in providers:
         errors[provider.name] = None
-        if provider.reference in results and provider.name in results:
-            error = relative_error(results[provider.name], results[provider.reference])
-            assert error <= provider.tolerance, f"{provider.name} on {case.title}: relative error {error:.2e}"
-            errors[provider.name] = error
+        if provider.reference is None or provider.name not in results:
+            continue
+        if provider.reference not in results:
+            notes[provider.name] = f"not compared: no result of {provider.reference}"
+            continue
+        found = relative_error(results[provider.name], results[provider.reference])
+        errors[provider.name] = found
+        # NaN is wrong too.
+        if not found <= provider.tolerance:
+            notes[provider.name] = f"wrong: relative error {found:.2e}, allowed {provider.tolerance:.0e}"
+            del runs[provider.name], times[provider.name]
     del results
     quick = [name for name in runs if not times[name]]
     start = time.perf_counter()
@@ -306,9 +349,17 @@ def run_case(
             row.flop_rate = case.flops / row.median
             row.roofline_share = least / row.median if least else None
             if memory:
-                row.memory_mb = round(peak_memory(case.op, provider.name, case, device), 1)
+                row.memory_mb = round(peak_memory(case.op, provider.name, case, runs[provider.name], device), 1)
         rows.append(row)
     return rows
+
+
+def _failure(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    # A backend that does not take the case, such as a dtype, says why.
+    if "cannot run there: " in lines[0]:
+        return f"left out: {lines[0].partition('cannot run there: ')[2]}"
+    return f"failed: {type(error).__name__}: {lines[0][:200]}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -330,8 +381,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-        facts["clocks"] = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+        facts["capability"] = list(torch.cuda.get_device_capability(device))
+        # TF32 is off.
+        facts["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+        chip = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        found = _output(["nvidia-smi", "-i", chip, f"--query-gpu={','.join(query)}", "--format=csv,noheader"])
+        values = found.split(", ")
+        # Else there is no nvidia-smi, or it does not know the device.
+        if len(values) == len(query):
+            facts |= dict(zip(query, values, strict=True))
     return facts
 
 
@@ -344,7 +403,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    return _output(["git", "describe", "--always", "--dirty"])
+    """GIT_COMMIT names it for a copy of the files without the history."""
+    return os.environ.get("GIT_COMMIT") or _output(["git", "describe", "--always", "--dirty"]) or "unknown"
 
 
 def _output(command: list[str]) -> str:

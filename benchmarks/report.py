@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import io
+import json
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -13,6 +17,12 @@ Row = dict[str, Any]
 def _title(row: Row) -> str:
     size = ", ".join(f"{key} = {value:,}" for key, value in row["size"].items())
     return f"{row['op']}, {size}, {row['dtype']}, {row['pass_']}"
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds with at least three digits."""
+    ms = seconds * 1e3
+    return f"{ms:.1f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -35,9 +45,11 @@ def markdown(rows: Sequence[Row]) -> str:
             share = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
             memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}"
             error = "" if row["error"] is None else f"{row['error']:.0e}"
-            spread = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
+            # A remark on a row with times is on the comparison of its result.
+            error = error or row["note"]
+            spread = f"{_ms(row['low'])} to {_ms(row['high'])}"
             parts.append(
-                f"| {row['provider']} | {row['median'] * 1e3:.1f} | {spread} | {speedup} |"
+                f"| {row['provider']} | {_ms(row['median'])} | {spread} | {speedup} |"
                 f" {row['flop_rate'] / 1e9:.0f} | {share} | {memory} | {error} |"
             )
         parts.append("")
@@ -54,7 +66,7 @@ def page(content: dict[str, Any]) -> str:
             f"# Benchmarks on {where}",
             "",
             f"{machine['date']}, commit {machine['commit']}, torch {machine['torch']}, Python {machine['python']}, "
-            f"{machine['threads']} threads, load {machine['load']:.1f} at the end.",
+            f"{machine['threads']} threads, load {machine['load']:.1f} at the end.{_gpu_facts(machine)}",
             "",
             f"Measured in the same run: matrix product {gemm}; exp {rates['exp'] / 1e9:.2f} G/s; copy "
             f"{rates['copy'] / 1e9:.1f} GB/s. The roofline of a row is the slowest of its products, its exponentials "
@@ -64,6 +76,42 @@ def page(content: dict[str, Any]) -> str:
             markdown(content["rows"]),
         ]
     )
+
+
+def _gpu_facts(machine: dict[str, Any]) -> str:
+    if "gpu" not in machine:
+        return ""
+    keys = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem")
+    driver, sm, highest, memory = (machine.get(key, "unknown") for key in keys)
+    return (
+        f" Driver {driver}, CUDA {machine['cuda']}, SM clock {sm} after the last case (at most {highest}), memory clock"
+        f" {memory}, float32 products in {machine['float32_matmul_precision']} precision. Times are between events on"
+        " the GPU, with cold caches."
+    )
+
+
+def files(content: dict[str, Any]) -> dict[str, bytes]:
+    """By suffix: the rows as CSV, the page, and the plot of what has times.
+
+    Without matplotlib there is no plot, and the page says so.
+    """
+    rows, text = content["rows"], page(content)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    found = {".csv": table.getvalue().encode(), ".md": text.encode()}
+    if importlib.util.find_spec("matplotlib") is None:
+        return found | {".md": f"{text}\nNo plot: matplotlib is not installed.\n".encode()}
+    return found | {".png": plot(rows)} if any(row["median"] is not None for row in rows) else found
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """`content` (machine, rates, rows) as JSON, and `files` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    for suffix, data in files(content).items():
+        path.with_suffix(suffix).write_bytes(data)
 
 
 def plot(rows: Sequence[Row]) -> bytes:

@@ -1,13 +1,12 @@
 """Runs benchmarks: python -m benchmarks.run --op random_walk --device cpu --json FILE.
 
 Writes FILE (every row, the machine and its measured rates), and beside it FILE.csv, FILE.md (tables) and FILE.png.
+Ends with exit code 1 if a result is wrong or a kernel of this package failed; the row says which.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from dataclasses import asdict
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.harness import Case, Row, machine, measure_rates, own_peak_memory, run_case
+from benchmarks.harness import Case, Rates, Row, machine, measure_rates, own_peak_memory, run_case
 from benchmarks.registry import BENCHMARKS
 
 
@@ -30,9 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", action="append", metavar="K=V,...", help="replaces sizes, e.g. N=1024")
     parser.add_argument("--pass", dest="passes", action="append", choices=("forward", "forward+backward"))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each case")
-    parser.add_argument("--limit", type=float, default=300.0, help="leaves out a provider that needs more s for a call")
+    parser.add_argument("--limit", type=float, help="leaves out a provider that needs more s for a call; 300 on a CPU")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="the machine's rates: read, or measured and written")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -44,17 +43,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     device = torch.device(options.device)
+    if device.type == "cuda":
+        # Float32 is float32 for every provider: no TF32.
+        torch.set_float32_matmul_precision("highest")
+    if options.limit is None:
+        options.limit = 300.0 if device.type == "cpu" else float("inf")
     names = options.op or list(BENCHMARKS)
     # Small ones first: a run that is broken off has most of its rows.
     cases = sorted((case for name in names for case in _cases(name, options)), key=lambda case: case.size.get("N", 0))
-    rates = measure_rates(device, sorted({case.dtype for case in cases}))
+    rates = _rates(options.rates, device, {case.dtype for case in cases})
     rows: list[Row] = []
-    progress = tqdm(cases, file=sys.stderr, disable=None)
-    for case in progress:
-        progress.set_description(case.title)
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {case.title}", file=sys.stderr, flush=True)
+        # What was compiled for another size would make torch compile for any size.
+        torch.compiler.reset()
+        providers = BENCHMARKS[case.op].providers(case, device)
+        if device.type == "cuda":
+            providers = [provider for provider in providers if not provider.name.startswith("cc4s cpu")]
         rows += run_case(
             case,
-            BENCHMARKS[case.op].providers(case, device),
+            providers,
             device,
             rates,
             seconds=options.seconds,
@@ -62,14 +70,22 @@ def main(arguments: list[str] | None = None) -> int:
             limit=options.limit,
         )
         if options.json:
-            _write(options.json, rows, rates, device)
-    print(report.markdown([asdict(row) for row in rows]))
-    return 0
+            content = {"machine": machine(device), "rates": asdict(rates), "rows": [asdict(row) for row in rows]}
+            # After every case: a broken run keeps what it has.
+            report.write(options.json, content)
+    print(report.markdown([asdict(row) for row in rows]), flush=True)
+    broken = [row for row in rows if row.broken]
+    for row in broken:
+        print(f"{row.op} {row.size} {row.dtype} {row.pass_}, {row.provider}: {row.note}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _cases(name: str, options: argparse.Namespace) -> list[Case]:
     module: Any = BENCHMARKS[name]
+    # Where a GPU is given more at once than a CPU.
     changes: dict[str, Any] = {}
+    if options.device == "cuda" and hasattr(module, "GPU_SIZES"):
+        changes["sizes"] = module.GPU_SIZES
     if options.dtype:
         changes["dtypes"] = options.dtype
     if options.size:
@@ -79,18 +95,17 @@ def _cases(name: str, options: argparse.Namespace) -> list[Case]:
     return [case for case in cases if not options.passes or case.pass_ in options.passes]
 
 
-def _write(path: Path, rows: list[Row], rates: Any, device: torch.device) -> None:
-    """JSON, CSV, tables and plot; renewed after every case, so that a broken run keeps what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(device), "rates": asdict(rates), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(content["rows"][0]))
-    writer.writeheader()
-    writer.writerows(content["rows"])
-    path.with_suffix(".csv").write_text(text.getvalue())
-    path.with_suffix(".md").write_text(report.page(content))
-    path.with_suffix(".png").write_bytes(report.plot(content["rows"]))
+def _rates(path: Path | None, device: torch.device, dtypes: set[str]) -> Rates:
+    """The rates of `path`, so that several runs have the same; what it lacks is measured and added."""
+    rates = Rates(**json.loads(path.read_text())) if path and path.exists() else Rates()
+    lacking = {dtype for dtype in dtypes if getattr(torch, dtype).is_floating_point} - set(rates.gemm)
+    if not rates.exp or lacking:
+        found = measure_rates(device, sorted(lacking))
+        rates = Rates(rates.gemm | found.gemm, rates.exp or found.exp, rates.copy or found.copy)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(rates)))
+    return rates
 
 
 if __name__ == "__main__":

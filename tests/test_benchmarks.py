@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cc4s_kernels as ck
 from benchmarks import report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
@@ -55,8 +56,29 @@ def test_a_wrong_provider_is_caught() -> None:
         return lambda: [x * 1.01 for x in run()]
 
     wrong = Provider("wrong", make, right.name, 1e-4)
-    with pytest.raises(AssertionError, match="wrong on random_walk"):
-        run_case(case, [right, wrong], CPU, Rates(), seconds=0, memory=False)
+    first, second = run_case(case, [right, wrong], CPU, Rates(), seconds=0, memory=False)
+    assert first.median is not None
+    assert not first.broken
+    assert second.median is None
+    assert second.broken
+    assert second.note == "wrong: relative error 1.00e-02, allowed 1e-04"
+
+
+def test_a_provider_that_raises_loses_only_its_own_row() -> None:
+    case = tiny("random_walk", "forward")
+    right, *_ = BENCHMARKS["random_walk"].providers(case, CPU)
+
+    def raises(case: Case, device: torch.device):
+        raise torch.OutOfMemoryError("2 GiB wanted\nand a long story")
+
+    baseline, ours = Provider("eager two", raises), Provider("cc4s cuda", raises)
+    follower = Provider("follower", right.make, "eager two")
+    rows = run_case(case, [baseline, ours, right, follower], CPU, Rates(), seconds=0, memory=False)
+    assert [row.note for row in rows[:2]] == 2 * ["failed: OutOfMemoryError: 2 GiB wanted"]
+    assert [row.median is None for row in rows] == [True, True, False, False]
+    assert [row.broken for row in rows] == [False, True, False, False]
+    assert rows[3].note == "not compared: no result of eager two"
+    assert "not compared" in report.markdown([asdict(row) for row in rows])
 
 
 def test_a_provider_over_the_limit_is_left_out_and_says_so() -> None:
@@ -92,13 +114,56 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "providers", lambda case, device: [Provider("eager", module.run_of(module.eager))])
     out = tmp_path / "x.json"
     words = ["--op", "random_walk", "--size", "N=30", "--dtype", "float32", "--seconds", "0", "--no-memory"]
-    assert main([*words, "--json", str(out)]) == 0
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps(asdict(Rates({"float32": 1e9}, exp=1e8, copy=1e10))))
+    assert main([*words, "--rates", str(rates), "--json", str(out)]) == 0
     content = json.loads(out.read_text())
+    assert content["rates"] == json.loads(rates.read_text()) == {"gemm": {"float32": 1e9}, "exp": 1e8, "copy": 1e10}
     assert set(content["rows"][0]) == set(Row.__dataclass_fields__)
     assert content["machine"]["torch"] == torch.__version__
     assert "eager" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert len(out.with_suffix(".csv").read_text().splitlines()) == 3
+
+
+def test_a_backend_that_does_not_take_a_case_is_left_out() -> None:
+    case = Case("slic", {"B": 1}, "uint8", "forward", 0, 0, 0)
+
+    def run() -> list[torch.Tensor]:
+        with ck.use_backend("cuda"):
+            return [ck.slic(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4)]
+
+    (row,) = run_case(case, [Provider("cc4s cuda", lambda case, device: run)], CPU, Rates(), seconds=0, memory=False)
+    assert row.note.startswith("left out: ")
+    assert not row.broken
+
+
+def test_a_broken_row_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = BENCHMARKS["random_walk"]
+    right = Provider("eager", module.run_of(module.eager))
+    wrong = Provider("cc4s none", module.run_of(lambda q, k, v: 2 * module.eager(q, k, v)), "eager")
+    monkeypatch.setattr(module, "providers", lambda case, device: [right, wrong])
+    monkeypatch.setattr("benchmarks.run.measure_rates", lambda device, dtypes: Rates())
+    words = ["--op", "random_walk", "--size", "N=9", "--dtype", "float32", "--pass", "forward", "--seconds", "0"]
+    assert main([*words, "--no-memory"]) == 1
+    assert "float32 forward, cc4s none: wrong: relative error 1.00e+00" in capsys.readouterr().err
+
+
+def test_sizes_of_a_gpu_are_those_of_the_op() -> None:
+    """In a GPU's batch, and in nothing else."""
+    for module in BENCHMARKS.values():
+        for size in getattr(module, "GPU_SIZES", ()):
+            assert {**size, "B": 1} in [{**small, "B": 1} for small in module.SIZES]
+            assert module.cases([size])
+
+
+def test_times_have_three_digits() -> None:
+    assert [report._ms(s) for s in (0.0000123456, 0.00123456, 0.123456, 12.3456)] == [
+        "0.0123",
+        "1.23",
+        "123.5",
+        "12345.6",
+    ]
 
 
 def test_quantiles() -> None:

@@ -561,6 +561,8 @@ class OpTester:
                 assert_matches("output", a, e, atol=bound, rtol=bound)
 
     def test_opcheck(self) -> None:
+        # torch.library.opcheck imports it.
+        pytest.importorskip("expecttest")
         for op, args, kwargs in self.custom_op_calls():
             for layout in (torch.clone, strided_copy):
                 # Leaves again: opcheck looks at their gradients.
@@ -569,6 +571,7 @@ class OpTester:
 
     def test_opcheck_of_kernels(self, backend: str, variant: str, device: str) -> None:
         """Every torch op that a call and its gradient go through."""
+        pytest.importorskip("expecttest")
         args, kwargs = self.inputs(variant, self.work_dtype, device)
         with ck.use_backend(backend), _OpCalls() as found:
             self.run(args, kwargs)
