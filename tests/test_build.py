@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import cuda_check, nvcc
+from tools import compile_check, cuda_check, nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = Path("/somewhere/nvcc")
@@ -91,3 +91,17 @@ def test_what_ptxas_says() -> None:
     assert spilled == cuda_check.Kernel("sm_90a", "potts", "mark<short>", 255, 0, 16, 0)
     assert fine == cuda_check.Kernel("sm_100", "potts", "mark<long long>", 30, 0, 0, 0)
     assert [kernel.passed for kernel in (add, spilled, fine)] == [False, False, True]
+
+
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Left out and said, or an error where it is required."""
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["compile_check", "--backends", "cuda"])
+    assert compile_check.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "CUDA kernels left out: nvcc is not found in CUDA_HOME, PATH or /usr/local/cuda"
+    assert said[1:] == ["0 kernels compiled, none failed"]
+    monkeypatch.setattr(sys, "argv", ["compile_check", "--backends", "cuda", "--require-nvcc"])
+    with pytest.raises(SystemExit):
+        compile_check.main()
+    assert "--require-nvcc: nvcc is not found" in capsys.readouterr().err
