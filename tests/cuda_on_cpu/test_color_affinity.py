@@ -115,8 +115,8 @@ def picture(shape: tuple[int, ...], levels: int, seed: int) -> Tensor:
 @st.composite
 def maps(draw: st.DrawFn) -> tuple[Tensor, int]:
     """ids (B, H, W), with or without padding and ids out of range, connected or not; K."""
-    batch, height, width = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    k = draw(st.sampled_from([1, 2, 5, 40, 300, 2500]))
+    batch, height, width = draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    k = draw(st.sampled_from([1, 2, 5, 40, 300, 1500]))
     random = generator(draw(st.integers(0, 2**20)))
     block = draw(st.integers(1, 5))
     ids = torch.randint(-1, min(k, 100), (batch, height, width), generator=random, dtype=torch.int64)
@@ -137,7 +137,7 @@ def maps(draw: st.DrawFn) -> tuple[Tensor, int]:
 @given(
     drawn=maps(),
     levels=st.integers(1, 256),
-    places=st.sampled_from([None, 0, 1, 7, 3000]),
+    places=st.sampled_from([None, 0, 1, 7, 600]),
     seed=st.integers(0, 2**20),
     strided=st.booleans(),
 )
