@@ -137,3 +137,9 @@ def test_a_winding_region() -> None:
         # One cluster, in the mask's shape: step 6 alone decides.
         assert_equals_the_reference(image, image[:, 0] == 0, 1, 2560, 1, seed)
     assert (on_cpu(image, image[:, 0] == 0, 1, 2560, 1, 9)[image[:, 0] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_ties_go_to_the_lowest_cluster(iterations: int) -> None:
+    """One colour and no weight of the distance in the plane: every candidate is as near as any other."""
+    assert_equals_the_reference(torch.full((1, 3, 24, 36), 90, dtype=torch.uint8), None, 24, 0, iterations, 0, 3)
