@@ -272,8 +272,9 @@ def run_case(
         start = time.perf_counter()
         results[provider.name] = [tensor.detach() for tensor in run()]
         first = time.perf_counter() - start
-        # Warm-up does not show in a call of that length.
-        times[provider.name] = [first] if first > max(seconds, 10) else []
+        # Warm-up does not show in a call of that length; compilation does.
+        slow = first > max(seconds, 10) and not provider.name.startswith("compiled")
+        times[provider.name] = [first] if slow else []
     errors: dict[str, float | None] = {}
     for provider in providers:
         errors[provider.name] = None

@@ -69,10 +69,21 @@ def test_sizes(device: str, low: tuple[int, int], size: tuple[int, int], align_c
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("classes", [1, 2, 300])
+@pytest.mark.parametrize("classes", [2, 300])
 def test_numbers_of_classes(device: str, classes: int) -> None:
     """300: several tiles of classes to a pixel, on every device."""
     assert_right(device, *call((3, 4), (9, 10), classes))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_class(device: str) -> None:
+    """It has probability 1: nothing is lost, and no logit has a gradient but for rounding of weights of about 1."""
+    logits, labels, options = call((3, 4), (9, 10), 1)
+    found = run("triton", device, logits, labels, options)
+    cross_entropy, _, entropy, _, pooled, counts = (t.cpu() for t in found.outputs)
+    assert cross_entropy.tolist() == entropy.tolist() == [0, 0]
+    torch.testing.assert_close(pooled[..., 0], counts, rtol=1e-12, atol=0)
+    assert float(found.gradients[0].abs().max()) < 1e-14
 
 
 @pytest.mark.parametrize("device", DEVICES)
