@@ -145,12 +145,15 @@ def test_wrong_values_are_ignored(device: str, monkeypatch: pytest.MonkeyPatch) 
     """Beyond the classes and ids, beyond int32, and such that int32 would make them valid."""
     monkeypatch.setattr("cc4s_kernels.ops.upsample_losses.may_read_values", lambda tensor: False)
     logits, labels, options = call((3, 4), (9, 10))
-    for wrong in (3, -7, 10**6, 2**31, 2**32 + 1, -(2**32) + 2, 2**63 - 1, -(2**63)):
-        bad = {**options, "superpixels": options["superpixels"].clone()}
-        bad["superpixels"][options["superpixels"] == -1] = wrong if wrong != 3 else 6
-        found = run("triton", device, logits, labels.where(labels != -1, wrong), bad)
-        expected = run("triton", device, logits, labels, options)
-        assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True)), wrong
+    wrong = torch.tensor([-7, 10**6, 2**31, 2**32 + 1, -(2**32) + 2, 2**63 - 1, -(2**63)]).repeat(26)[: labels.numel()]
+    wrong = wrong.view_as(labels)
+    ids = options["superpixels"]
+    bad = {**options, "superpixels": ids.where(ids != -1, wrong)}
+    # The class and the id behind the last are wrong too.
+    wrong[0], bad["superpixels"][0] = 3, ids[0].where(ids[0] != -1, 6)
+    found = run("triton", device, logits, labels.where(labels != -1, wrong), bad)
+    expected = run("triton", device, logits, labels, options)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
