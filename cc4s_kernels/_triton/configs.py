@@ -161,7 +161,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "upsample_losses": (
         _UPSAMPLE_INTERPRETER,
         Row(ALL, EVERY, 32, ANY, Config(64, 32, 0, 1, 1)),
-        Row(ALL, EVERY, 64, ANY, Config(64, 64, 0, 4, 1)),
+        Row(ALL, EVERY, 64, ANY, Config(32, 64, 0, 4, 1)),
         Row(ALL, EVERY, 128, ANY, Config(32, 128, 0, 4, 1)),
         Row(ALL, EVERY, 256, ANY, Config(16, 256, 0, 4, 1)),
         Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cc4s_kernels as ck
 from cc4s_kernels import backends
-from tests.ops.tester import Inputs, OpTester, generator
+from tests.ops.tester import Inputs, OpTester, devices_of, generator
 
 
 class TestSuperpixelBoundaries(OpTester):
@@ -55,9 +55,10 @@ def test_backends_agree(shape: tuple[int, int], dtype: torch.dtype) -> None:
     with ck.use_backend("reference"):
         expected = ck.superpixel_boundaries(ids)
     for name in backends.available("superpixel_boundaries"):
+        device = devices_of(name)[0]
         with ck.use_backend(name):
-            assert torch.equal(ck.superpixel_boundaries(ids), expected)
-            assert torch.equal(ck.superpixel_boundaries(turned), expected)
+            assert torch.equal(ck.superpixel_boundaries(ids.to(device)).cpu(), expected)
+            assert torch.equal(ck.superpixel_boundaries(turned.to(device)).cpu(), expected)
 
 
 def test_both_sides_and_missing_ids() -> None:

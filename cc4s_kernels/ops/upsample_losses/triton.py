@@ -609,6 +609,7 @@ class Plan(NamedTuple):
     y: Axis
     x: Axis
     config: Config
+    group: int
     pixels: int
     blocks: int
     parts: int
@@ -619,8 +620,10 @@ class Plan(NamedTuple):
         y, x = Axis.of(h, labels.shape[1], align_corners), Axis.of(w, labels.shape[2], align_corners)
         config = choose(kernel, target_of(logits), logits.dtype, "ieee", classes)
         pixels = min(config.m, triton.next_power_of_2(y.typical * x.typical))
-        blocks = tiles(y.quads * x.quads, config.m // pixels)
-        return cls(y, x, config, pixels, blocks, tiles(y.most * x.most, pixels * STEPS))
+        # The four corners of a quad and their gradients take as many registers as eight of its pixels.
+        group = 1 << ((config.m + 8) // (pixels + 8)).bit_length() - 1
+        blocks = tiles(y.quads * x.quads, group)
+        return cls(y, x, config, group, pixels, blocks, tiles(y.most * x.most, pixels * STEPS))
 
     @property
     def quads(self) -> int:
@@ -648,7 +651,7 @@ class Plan(NamedTuple):
         block = min(self.config.n, triton.next_power_of_2(classes))
         return {
             "CLASSES": classes,
-            "QUADS": self.config.m // self.pixels,
+            "QUADS": self.group,
             "PIXELS": self.pixels,
             "STEPS": STEPS,
             "BLOCK_C": block,
