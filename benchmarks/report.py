@@ -33,12 +33,14 @@ def markdown(rows: Sequence[Row]) -> str:
                 continue
             speedup = f"{first / row['median']:.2f}" if first else ""
             share = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
+            # Ops on integers have none.
+            rate = f"{row['flop_rate'] / 1e9:.0f}" if row["flop_rate"] else ""
             memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}"
             error = "" if row["error"] is None else f"{row['error']:.0e}"
             spread = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
             parts.append(
                 f"| {row['provider']} | {row['median'] * 1e3:.1f} | {spread} | {speedup} |"
-                f" {row['flop_rate'] / 1e9:.0f} | {share} | {memory} | {error} |"
+                f" {rate} | {share} | {memory} | {error} |"
             )
         parts.append("")
     return "\n".join(parts)
