@@ -1,7 +1,7 @@
 """Quality of `slic` beside scikit-image's: python -m benchmarks.superpixel_quality --data ../shared/data
 
-Both are asked for the same numbers of segments of every image of a folder with images/ and labels/ (255 = not known);
-ours gets as its limit the number that scikit-image really made.
+Of every image of a folder with images/ and labels/ (255 = not known), at equal numbers of segments: ours are as many as
+scikit-image really made when it was asked for 200, 400 or 800, or as few less as three trials give.
 """
 
 from __future__ import annotations
@@ -65,12 +65,20 @@ def pairs_of(folder: Path, names: Sequence[str]) -> Iterator[tuple[np.ndarray, n
 
 
 def compare(image: np.ndarray, truth: np.ndarray, wanted: int) -> tuple[Quality, Quality]:
-    """Ours and scikit-image's."""
+    """Ours and scikit-image's, which was asked for `wanted` segments; ours are at most as many as it made."""
     from skimage.segmentation import slic
 
     theirs = slic(image, wanted, compactness=10, start_label=0)
+    limit = asked = int(theirs.max()) + 1
     pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
-    ours = ck.slic(pixels, int(theirs.max()) + 1)[0].numpy()
+    ours, most = np.zeros_like(truth, np.int32), 0
+    # Both unite small regions: ours too is asked for more than it should make.
+    for _ in range(3):
+        ids = ck.slic(pixels, asked)[0].numpy()
+        found = int(ids.max()) + 1
+        if most < found <= limit:
+            ours, most = ids, found
+        asked = round(asked * limit / found)
     return quality(ours, truth), quality(theirs, truth)
 
 

@@ -298,6 +298,7 @@ void count_runs(const Places& places, const std::vector<Run>& runs, uint8_t* all
   const uint8_t *red = places.red.data(), *green = places.green.data(), *blue = places.blue.data();
   const uint16_t* texture = places.texture.data();
   const uint8_t* textures = kOneHot.texture[0];
+  constexpr int32_t kFull = std::numeric_limits<uint8_t>::max();
   // Vectors one by one: a copy of all four would go through memory in smaller pieces.
   const auto load = [](Bytes& to, const uint8_t* from) __attribute__((always_inline)) {
     std::memcpy(&to, from, sizeof(to));
@@ -313,8 +314,8 @@ void count_runs(const Places& places, const std::vector<Run>& runs, uint8_t* all
   for (const Run& run : runs) {
     uint8_t* bytes = all_bytes + int64_t{run.id} * kCounters;
     for (int32_t x = run.begin; x < run.end;) {
-      const int32_t end = std::min(run.end, x + std::numeric_limits<uint8_t>::max());
-      if (bytes[kPixels] + (end - x) > std::numeric_limits<uint8_t>::max()) {
+      const int32_t end = x + std::min(run.end - x, kFull);
+      if (bytes[kPixels] + (end - x) > kFull) {
         int32_t* counters = all_counters + int64_t{run.id} * kCounters;
         for (int i = 0; i < kCounters; ++i) counters[i] += bytes[i];
         for (int i = 0; i < kCounters; i += kGroup) store(Bytes{}, bytes + i);
