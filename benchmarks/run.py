@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device(options.device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("no CUDA device", file=sys.stderr)
+            return 2
         # Float32 is float32 for every provider: no TF32.
         torch.set_float32_matmul_precision("highest")
     if options.limit is None:

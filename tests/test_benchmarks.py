@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cc4s_kernels as ck
-from benchmarks import report
+from benchmarks import harness, report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
 from benchmarks.run import main
@@ -155,6 +155,49 @@ def test_sizes_of_a_gpu_are_those_of_the_op() -> None:
         for size in getattr(module, "GPU_SIZES", ()):
             assert {**size, "B": 1} in [{**small, "B": 1} for small in module.SIZES]
             assert module.cases([size])
+
+
+def test_a_call_on_a_gpu_is_timed_behind_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events and memory of a GPU that there need not be: what is called, in which order, in which unit."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5
+
+    class Buffer:
+        def zero_(self) -> None:
+            calls.append("write")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(harness, "_flush_buffer", lambda device: Buffer())
+    monkeypatch.setattr(harness, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 8 << 20)
+
+    def run() -> list[torch.Tensor]:
+        calls.append("call")
+        return []
+
+    device = torch.device("cuda")
+    assert harness.timed(run, device) == 2.5e-3
+    assert calls == ["wait", "write", "event", "call", "event", "wait"]
+    calls.clear()
+    assert harness.peak_memory("op", "cc4s", Case("op", {}, "float32", "forward", 0, 0, 0), run, device) == 5.0
+    assert calls == ["wait", "reset", "call", "wait"]
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "no CUDA device\n"
 
 
 def test_times_have_three_digits() -> None:
