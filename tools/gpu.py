@@ -306,8 +306,8 @@ def run_jobs(
     """Runs jobs, `parallel` at a time, and calls `done` with what became of each one, as soon as it is known.
 
     A job that is still running at the end of the time is interrupted (pytest then writes its results), and killed
-    after `grace` seconds. Of jobs that run one at a time, one that hangs leaves half of the time to the others. Output is
-    appended to `log`, job by job.
+    after `grace` seconds. Of jobs that run one at a time, one that hangs leaves half of the time to the others.
+    Output is appended to `log`, job by job.
     """
     waiting = list(jobs)
     running: list[_Running] = []
@@ -388,12 +388,12 @@ def junit_summary(path: Path | None) -> dict[str, Any] | None:
     if path is None or not path.exists():
         return None
     try:
-        cases = list(ElementTree.parse(path).iter("testcase"))
+        root = ElementTree.parse(path)
     except ElementTree.ParseError:
         return None
     failures: dict[str, str] = {}
     skips: Counter[str] = Counter()
-    for case in cases:
+    for case in root.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         for kind in ("failure", "error"):
             if (found := case.find(kind)) is not None:
@@ -401,7 +401,11 @@ def junit_summary(path: Path | None) -> dict[str, Any] | None:
                 failures[name] = (message.splitlines() or [""])[0][:300]
         if (found := case.find("skipped")) is not None:
             skips[found.get("message") or ""] += 1
-    passed = len(cases) - len(failures) - skips.total()
+    # Not the number of entries: a test that was interrupted has one too.
+    passed = 0
+    for suite in root.iter("testsuite"):
+        total, *others = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+        passed += total - sum(others)
     return {"passed": passed, "failed": len(failures), "failures": failures, "skips": dict(skips)}
 
 
@@ -559,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if record.content["rates"] is not None:
         rates.write_text(json.dumps(record.content["rates"]))
     # A time limit from outside ends the run in good order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for index, part in enumerate(parts):
             left = max(0.0, deadline - time.monotonic() - GRACE)
@@ -572,6 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: what was finished is in the file", file=sys.stderr)
         return 130
     finally:
+        signal.signal(signal.SIGTERM, before)
         record.write()
         record.write_tables()
         print(record.path)
