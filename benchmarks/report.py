@@ -43,6 +43,8 @@ def markdown(rows: Sequence[Row]) -> str:
                 continue
             speedup = f"{first / row['median']:.2f}" if first else ""
             share = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
+            # Ops on integers have none.
+            rate = f"{row['flop_rate'] / 1e9:.0f}" if row["flop_rate"] else ""
             memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}"
             error = "" if row["error"] is None else f"{row['error']:.0e}"
             # A remark on a row with times is on the comparison of its result.
@@ -50,7 +52,7 @@ def markdown(rows: Sequence[Row]) -> str:
             spread = f"{_ms(row['low'])} to {_ms(row['high'])}"
             parts.append(
                 f"| {row['provider']} | {_ms(row['median'])} | {spread} | {speedup} |"
-                f" {row['flop_rate'] / 1e9:.0f} | {share} | {memory} | {error} |"
+                f" {rate} | {share} | {memory} | {error} |"
             )
         parts.append("")
     return "\n".join(parts)

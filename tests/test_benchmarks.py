@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import cc4s_kernels as ck
 from benchmarks import harness, report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
-from benchmarks.run import main
+from benchmarks.run import _cases, main
 from cc4s_kernels import backends
 
 CPU = torch.device("cpu")
@@ -62,6 +63,14 @@ def test_a_wrong_provider_is_caught() -> None:
     assert second.median is None
     assert second.broken
     assert second.note == "wrong: relative error 1.00e-02, allowed 1e-04"
+
+
+def test_not_a_number_is_wrong() -> None:
+    case = Case("op", {}, "float32", "forward", 0, 0, 0)
+    right = Provider("right", lambda case, device: lambda: (torch.ones(2), torch.ones(2)))
+    nan = Provider("nan", lambda case, device: lambda: (torch.tensor([1.0, float("nan")]), torch.ones(2)), "right")
+    rows = run_case(case, [right, nan], CPU, Rates(), seconds=0, memory=False)
+    assert [row.broken for row in rows] == [False, True]
 
 
 def test_a_provider_that_raises_loses_only_its_own_row() -> None:
@@ -151,10 +160,14 @@ def test_a_broken_row_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_sizes_of_a_gpu_are_those_of_the_op() -> None:
     """In a GPU's batch, and in nothing else."""
-    for module in BENCHMARKS.values():
-        for size in getattr(module, "GPU_SIZES", ()):
-            assert {**size, "B": 1} in [{**small, "B": 1} for small in module.SIZES]
-            assert module.cases([size])
+    options = argparse.Namespace(device="cuda", dtype=None, size=None, passes=None)
+    for op, module in BENCHMARKS.items():
+        found = _cases(op, options)
+        assert {case.size["B"] for case in found} == {size["B"] for size in getattr(module, "GPU_SIZES", module.SIZES)}
+        assert [{**case.size, "B": 1} in [{**size, "B": 1} for size in module.SIZES] for case in found] == [True] * len(
+            found
+        )
+    assert {case.dtype for case in _cases("upsample_losses", options)} == {"float32", "bfloat16"}
 
 
 def test_a_call_on_a_gpu_is_timed_behind_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
