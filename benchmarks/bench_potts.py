@@ -13,6 +13,7 @@ from benchmarks.harness import Case, Provider, Run, compiled
 OP = "potts"
 # The crop of the training recipe, 8-connected, and its superpixels (K), as the colour constraint has them.
 SIZES = ({"B": 1, "C": 21, "H": 465, "W": 465}, {"B": 1, "C": 21, "K": 800})
+GPU_SIZES = tuple({**size, "B": 16} for size in SIZES)
 Energy = Callable[[Tensor, ck.PixelGrid | ck.SuperpixelGraph], Tensor]
 
 

@@ -16,6 +16,8 @@ OP = "upsample_losses"
 _CROP = {"B": 2, "C": 21, "h": 59, "w": 59, "H": 465, "W": 465}
 # The published crop, with superpixels and without.
 SIZES = ({**_CROP, "K": 800}, {**_CROP, "K": 0})
+GPU_SIZES = tuple({**size, "B": 16} for size in SIZES)
+GPU_DTYPES = ("float32", "bfloat16")
 LABELLED = 0.03
 
 # Cross-entropy and entropy summed over the batch, and the sums of superpixels (B, K, C) where there are any.

@@ -22,7 +22,7 @@ def _title(row: Row) -> str:
 def _ms(seconds: float) -> str:
     """Milliseconds with at least three digits."""
     ms = seconds * 1e3
-    return f"{ms:.1f}" if ms >= 100 else f"{ms:.3g}"
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3g}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

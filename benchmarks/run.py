@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device(options.device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("no CUDA device", file=sys.stderr)
+            return 2
         # Float32 is float32 for every provider: no TF32.
         torch.set_float32_matmul_precision("highest")
     if options.limit is None:
@@ -82,10 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cases(name: str, options: argparse.Namespace) -> list[Case]:
     module: Any = BENCHMARKS[name]
-    # Where a GPU is given more at once than a CPU.
     changes: dict[str, Any] = {}
-    if options.device == "cuda" and hasattr(module, "GPU_SIZES"):
-        changes["sizes"] = module.GPU_SIZES
+    if options.device == "cuda":
+        # Where a GPU is given more at once than a CPU, or other dtypes.
+        given = {"sizes": "GPU_SIZES", "dtypes": "GPU_DTYPES"}
+        changes = {name: getattr(module, key) for name, key in given.items() if hasattr(module, key)}
     if options.dtype:
         changes["dtypes"] = options.dtype
     if options.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 import cc4s_kernels as ck
-from benchmarks import report
+from benchmarks import harness, report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
-from benchmarks.run import main
+from benchmarks.run import _cases, main
 from cc4s_kernels import backends
 
 CPU = torch.device("cpu")
@@ -62,6 +63,14 @@ def test_a_wrong_provider_is_caught() -> None:
     assert second.median is None
     assert second.broken
     assert second.note == "wrong: relative error 1.00e-02, allowed 1e-04"
+
+
+def test_not_a_number_is_wrong() -> None:
+    case = Case("op", {}, "float32", "forward", 0, 0, 0)
+    right = Provider("right", lambda case, device: lambda: (torch.ones(2), torch.ones(2)))
+    nan = Provider("nan", lambda case, device: lambda: (torch.tensor([1.0, float("nan")]), torch.ones(2)), "right")
+    rows = run_case(case, [right, nan], CPU, Rates(), seconds=0, memory=False)
+    assert [row.broken for row in rows] == [False, True]
 
 
 def test_a_provider_that_raises_loses_only_its_own_row() -> None:
@@ -151,10 +160,57 @@ def test_a_broken_row_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_sizes_of_a_gpu_are_those_of_the_op() -> None:
     """In a GPU's batch, and in nothing else."""
-    for module in BENCHMARKS.values():
-        for size in getattr(module, "GPU_SIZES", ()):
-            assert {**size, "B": 1} in [{**small, "B": 1} for small in module.SIZES]
-            assert module.cases([size])
+    options = argparse.Namespace(device="cuda", dtype=None, size=None, passes=None)
+    for op, module in BENCHMARKS.items():
+        found = _cases(op, options)
+        assert {case.size["B"] for case in found} == {size["B"] for size in getattr(module, "GPU_SIZES", module.SIZES)}
+        assert [{**case.size, "B": 1} in [{**size, "B": 1} for size in module.SIZES] for case in found] == [True] * len(
+            found
+        )
+    assert {case.dtype for case in _cases("upsample_losses", options)} == {"float32", "bfloat16"}
+
+
+def test_a_call_on_a_gpu_is_timed_behind_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events and memory of a GPU that there need not be: what is called, in which order, in which unit."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5
+
+    class Buffer:
+        def zero_(self) -> None:
+            calls.append("write")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(harness, "_flush_buffer", lambda device: Buffer())
+    monkeypatch.setattr(harness, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 8 << 20)
+
+    def run() -> list[torch.Tensor]:
+        calls.append("call")
+        return []
+
+    device = torch.device("cuda")
+    assert harness.timed(run, device) == 2.5e-3
+    assert calls == ["wait", "write", "event", "call", "event", "wait"]
+    calls.clear()
+    assert harness.peak_memory("op", "cc4s", Case("op", {}, "float32", "forward", 0, 0, 0), run, device) == 5.0
+    assert calls == ["wait", "reset", "call", "wait"]
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "no CUDA device\n"
 
 
 def test_times_have_three_digits() -> None:

@@ -263,7 +263,7 @@ DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print
 def test_what_hangs_is_stopped_and_leaves_time_to_the_others(tmp_path: Path) -> None:
     hanging = python("hangs", DEAF)
     start = time.monotonic()
-    # In turn, of four seconds a hanging job gets two, and the next two thirds of the rest.
+    # In turn, of four seconds a hanging job gets two, and the next half of the rest.
     found = run(
         [hanging, python("one", "pass"), python("two", "pass"), python("three", "pass")], tmp_path / "x.log", 1, 4
     )
@@ -322,6 +322,16 @@ def test_what_became_of_each_test(tmp_path: Path) -> None:
     assert gpu.junit_summary(tmp_path / "none.xml") is None
 
 
+def test_what_only_skips_has_not_passed(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    junit = tmp_path / "x.xml"
+    words = (str(tmp_path), "-k", "property", "-c", os.devnull, "--rootdir", str(tmp_path), f"--junitxml={junit}")
+    command = (sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider")
+    found = run([gpu.Job("some", command, {"PYTHONPATH": str(gpu.ROOT)}, junit=junit)], tmp_path / "x.log", 1, 120)
+    assert found["some"].outcome == "left out"
+    assert found["some"].reason == f"every test was skipped: {without_hypothesis.REASON}"
+
+
 def test_nothing_selected_is_left_out(tmp_path: Path) -> None:
     job = python("empty", "import sys; sys.exit(5)", nothing="it has no test for a GPU")
     assert run([job], tmp_path / "x.log", 1, 60)["empty"].reason == "it has no test for a GPU"
@@ -350,6 +360,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_on_a_bare_machine(bare: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
     result = subprocess.run(command, cwd=gpu.ROOT, env=bare, capture_output=True, text=True, check=False)
@@ -360,6 +371,7 @@ def test_gpu_tests_are_collected_on_a_bare_machine(bare: dict[str, str]) -> None
         assert f"tests/ops/test_{op}.py::" in result.stdout
 
 
+@pytest.mark.slow
 def test_benchmarks_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path) -> None:
     rates = tmp_path / "rates.json"
     rates.write_text(json.dumps({"gemm": {"float32": 1e9}, "exp": 1e9, "copy": 1e9}))
