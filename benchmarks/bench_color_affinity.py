@@ -18,6 +18,7 @@ OP = "color_affinity"
 PAIR_BINS = np.concatenate([np.repeat(np.eye(10), 10, 0), np.tile(np.eye(10), (10, 1))], 1)
 # The crop and the number of superpixels of the training recipe.
 SIZES = ({"B": 1, "H": 465, "W": 465, "K": 800},)
+GPU_SIZES = ({**SIZES[0], "B": 16},)
 
 
 def cases(sizes: Sequence[dict[str, int]] = SIZES, dtypes: Sequence[str] = ("uint8",)) -> list[Case]:

@@ -15,6 +15,7 @@ from benchmarks.photograph import photograph
 OP = "slic"
 # The crop and the number of superpixels of the training recipe.
 SIZES = ({"B": 1, "H": 465, "W": 465, "K": 800},)
+GPU_SIZES = ({**SIZES[0], "B": 16},)
 
 
 def cases(sizes: Sequence[dict[str, int]] = SIZES, dtypes: Sequence[str] = ("uint8",)) -> list[Case]:

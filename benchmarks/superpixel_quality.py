@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import ndimage
-from tqdm import tqdm
 
 import cc4s_kernels as ck
 
@@ -84,6 +83,8 @@ def compare(image: np.ndarray, truth: np.ndarray, wanted: int) -> tuple[Quality,
 
 def means(folder: Path, wanted: list[int]) -> dict[int, tuple[Quality, Quality]]:
     """Ours and scikit-image's for each number of segments, means over all images of `folder`."""
+    from tqdm import tqdm
+
     names = sorted(path.stem for path in (folder / "labels").glob("*.png"))
     found: dict[int, list[tuple[Quality, Quality]]] = {k: [] for k in wanted}
     for image, truth in tqdm(pairs_of(folder, names), folder.name, len(names), file=sys.stderr, disable=None):
