@@ -103,6 +103,8 @@ def test_make_calls_it() -> None:
     command = [
         "make",
         "-n",
+        # Under `make test` it would say where it is.
+        "--no-print-directory",
         "gpu",
         "OUT=o",
         "PARTS=build bench",

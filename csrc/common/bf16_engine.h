@@ -34,6 +34,7 @@ CC4S_INLINE __mmask32 first_of_32(int64_t n) {
 struct Bf16 {
   using Scalar = float;
   using Element = Half;
+  using Operand = Half;
   static constexpr int64_t kPanel = 32;
   static constexpr int64_t kRowTile = 256;
   static constexpr int64_t kKeyTile = 256;

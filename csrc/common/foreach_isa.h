@@ -68,18 +68,20 @@ namespace cc4s::amx {
     const ::cc4s::Isa isa = ::cc4s::current_isa();                                                         \
     if constexpr (std::is_same_v<E, ::cc4s::Half>) {                                                       \
       if (isa == ::cc4s::Isa::amx) return ::cc4s::amx::function<::cc4s::amx::Bf16>(__VA_ARGS__);           \
-      return ::cc4s::avx512_bf16::function<::cc4s::avx512_bf16::Bf16>(__VA_ARGS__);                        \
-    } else {                                                                                               \
-      if (isa >= ::cc4s::Isa::avx512) return ::cc4s::avx512::function<::cc4s::avx512::Plain<E>>(__VA_ARGS__); \
-      if (isa == ::cc4s::Isa::avx2) return ::cc4s::avx2::function<::cc4s::avx2::Plain<E>>(__VA_ARGS__);    \
-      return ::cc4s::generic::function<::cc4s::generic::Plain<E>>(__VA_ARGS__);                            \
+      if (isa == ::cc4s::Isa::avx512_bf16) {                                                               \
+        return ::cc4s::avx512_bf16::function<::cc4s::avx512_bf16::Bf16>(__VA_ARGS__);                      \
+      }                                                                                                    \
     }                                                                                                      \
+    using Scalar = ::cc4s::ScalarFor<E>;                                                                   \
+    if (isa >= ::cc4s::Isa::avx512) {                                                                      \
+      return ::cc4s::avx512::function<::cc4s::avx512::Plain<Scalar, E>>(__VA_ARGS__);                      \
+    }                                                                                                      \
+    if (isa == ::cc4s::Isa::avx2) {                                                                        \
+      return ::cc4s::avx2::function<::cc4s::avx2::Plain<Scalar, E>>(__VA_ARGS__);                          \
+    }                                                                                                      \
+    return ::cc4s::generic::function<::cc4s::generic::Plain<Scalar, E>>(__VA_ARGS__);                      \
   } while (false)
 #else
-#define CC4S_FOR_CURRENT_ISA(E, function, ...)                                        \
-  do {                                                                                \
-    if constexpr (!std::is_same_v<E, ::cc4s::Half>) {                                 \
-      ::cc4s::generic::function<::cc4s::generic::Plain<E>>(__VA_ARGS__);              \
-    }                                                                                 \
-  } while (false)
+#define CC4S_FOR_CURRENT_ISA(E, function, ...) \
+  ::cc4s::generic::function<::cc4s::generic::Plain<::cc4s::ScalarFor<E>, E>>(__VA_ARGS__)
 #endif

@@ -180,9 +180,6 @@ class GroupSums {
   Buffer<S> data_;
 };
 
-template <class E>
-using ScalarFor = std::conditional_t<std::is_same_v<E, double>, double, float>;
-
 // Calls body with a value of the element type that stands for `dtype`.
 template <class Body>
 void with_element(ScalarType dtype, const Body& body) {
@@ -191,10 +188,9 @@ void with_element(ScalarType dtype, const Body& body) {
   body(float{});
 }
 
-// The dtype that products read: bfloat16 where the machine multiplies it, else that of the scores.
+// The dtype that tensors are read and written in: bfloat16 as it is, else that of the scores.
 inline ScalarType element_of(ScalarType dtype) {
-  const bool half = dtype == ScalarType::BFloat16 && current_isa() >= Isa::avx512_bf16;
-  return half ? dtype : scalar_of(dtype);
+  return dtype == ScalarType::BFloat16 ? dtype : scalar_of(dtype);
 }
 
 inline Tensor cast_to(const Tensor& x, ScalarType dtype) {

@@ -1,8 +1,9 @@
 // Tiles of scores and their products; included by the tile code of each op, once for each instruction set.
 //
 // An engine computes C (+)= A B on tiles that fit the caches. B is packed into panels of kPanel columns
-// ([k][kPanel] each); A is read in place. `Plain` computes in the dtype of its operands (float, double), `Bf16`
-// multiplies bfloat16 and accumulates in float.
+// ([k][kPanel] each); A is read in place. Element is the dtype of tensors, Operand that of products, Scalar that of
+// sums. `Plain` computes in float or double; of bfloat16 tensors it widens the rows of a tile. `Bf16` multiplies bfloat16
+// and accumulates in float.
 
 using std::int64_t;
 
@@ -154,16 +155,19 @@ CC4S_INLINE int block_rows(int64_t left) {
   return left < 2 * R ? static_cast<int>((left + 1) / 2) : R;
 }
 
-template <class S>
+template <class S, class E = S>
 struct Plain {
   using Scalar = S;
-  using Element = S;
+  using Element = E;
+  using Operand = S;
   static constexpr int64_t kPanel = 2 * kLanes<S>;
   static constexpr int64_t kRowTile = 112;
   static constexpr int64_t kKeyTile = 256;
   // Rows of tiles are this much longer than they need to be: an odd number of cache lines, to use all cache sets.
   static constexpr int64_t kSkew = 64 / sizeof(S);
   static constexpr int64_t kRowPad = 1;  // products write rows up to a multiple of this
+  // A sum of more products is a sum of sums: one long chain would round more than the products of a BLAS.
+  static constexpr int64_t kChain = 128;
 
   struct Left {
     const S* data;
@@ -180,10 +184,13 @@ struct Plain {
   static int64_t right_transposed_size(int64_t n, int64_t k) { return k * round_up(n, kPanel); }
 
   // A = rows [begin, begin + count).
-  static Left left_rows(const Rows<const S>& rows, int64_t begin, int64_t count, S* scratch) {
-    if (rows.at.index == nullptr) return {rows[begin], rows.width, 1};
+  static Left left_rows(const Rows<const E>& rows, int64_t begin, int64_t count, S* scratch) {
+    if constexpr (std::is_same_v<E, S>) {
+      if (rows.at.index == nullptr) return {rows[begin], rows.width, 1};
+    }
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(scratch + i * rows.width, rows[begin + i], rows.width * sizeof(S));
+      const E* in = rows[begin + i];
+      for (int64_t j = 0; j < rows.width; ++j) scratch[i * rows.width + j] = widen(in[j]);
     }
     return {scratch, rows.width, 1};
   }
@@ -193,27 +200,26 @@ struct Plain {
   static Left left_transposed(const S* tile, int64_t ld, int64_t, int64_t, S*) { return {tile, 1, ld}; }
 
   // B[k][n] = rows[begin + k][n], k < count, n < width.
-  static void pack(const Rows<const S>& rows, int64_t begin, int64_t count, S* out) {
+  static void pack(const Rows<const E>& rows, int64_t begin, int64_t count, S* out) {
     for (int64_t first = 0; first < rows.width; first += kPanel) {
       const int64_t n = std::min(kPanel, rows.width - first);
       for (int64_t i = 0; i < count; ++i, out += kPanel) {
-        const S* in = rows[begin + i] + first;
+        const E* in = rows[begin + i] + first;
         if (n == kPanel) {
-          store(out, load(in));
-          store(out + kLanes<S>, load(in + kLanes<S>));
+          for (int64_t j = 0; j < kPanel; ++j) out[j] = widen(in[j]);
         } else {
-          for (int64_t j = 0; j < kPanel; ++j) out[j] = j < n ? in[j] : S{0};
+          for (int64_t j = 0; j < kPanel; ++j) out[j] = j < n ? widen(in[j]) : S{0};
         }
       }
     }
   }
 
   // B[k][n] = rows[begin + n][k], n < count, k < width.
-  static void pack_transposed(const Rows<const S>& rows, int64_t begin, int64_t count, S* out) {
+  static void pack_transposed(const Rows<const E>& rows, int64_t begin, int64_t count, S* out) {
     for (int64_t first = 0; first < count; first += kPanel, out += rows.width * kPanel) {
       for (int64_t j = 0; j < kPanel; ++j) {
-        const S* in = first + j < count ? rows[begin + first + j] : nullptr;
-        for (int64_t i = 0; i < rows.width; ++i) out[i * kPanel + j] = in != nullptr ? in[i] : S{0};
+        const E* in = first + j < count ? rows[begin + first + j] : nullptr;
+        for (int64_t i = 0; i < rows.width; ++i) out[i * kPanel + j] = in != nullptr ? widen(in[i]) : S{0};
       }
     }
   }
@@ -223,12 +229,17 @@ struct Plain {
                        bool add) {
     for (int64_t first = 0; first < n; first += kPanel, b += stride) {
       const S* ahead = b + stride;
-      for (int64_t i = 0; i < m;) {
-        const int rows = block_rows(m - i);
-        multiply_some_rows<kRowsInRegisters>(rows, a.data + i * a.row, a.row, a.column, b, k, c + i * ldc + first,
-                                             ldc, add, ahead);
-        i += rows;
-        ahead += k * kAhead<S>;
+      // Once for k = 0 as well: the sum is 0.
+      for (int64_t begin = 0; begin == 0 || begin < k; begin += kChain) {
+        const int64_t length = std::min(kChain, k - begin);
+        for (int64_t i = 0; i < m;) {
+          const int rows = block_rows(m - i);
+          multiply_some_rows<kRowsInRegisters>(rows, a.data + i * a.row + begin * a.column, a.row, a.column,
+                                               b + begin * kPanel, length, c + i * ldc + first, ldc,
+                                               add || begin > 0, ahead);
+          i += rows;
+          ahead += length * kAhead<S>;
+        }
       }
     }
   }

@@ -19,6 +19,10 @@ struct Half {
   uint16_t bits;
 };
 
+// The dtype of scores and sums for tensors of E.
+template <class E>
+using ScalarFor = std::conditional_t<std::is_same_v<E, double>, double, float>;
+
 inline float widen(Half h) {
   const uint32_t wide = uint32_t{h.bits} << 16;
   float x;

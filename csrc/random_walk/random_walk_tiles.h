@@ -6,11 +6,11 @@
 template <class En>
 struct WalkForwardState {
   using S = typename En::Scalar;
-  using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0, width = 0;
   Buffer<S> scores{0}, sums{0};           // [kRowTile, ld], [kRowTile, width]
-  Buffer<E> queries{0}, probabilities{0};  // left operands
+  Buffer<O> queries{0}, probabilities{0};  // left operands
   S peak[En::kRowTile], total[En::kRowTile];
 
   void reserve(int64_t d, int64_t value_width) {
@@ -67,7 +67,7 @@ void online_softmax(S* scores, int64_t ld, int64_t rows, int64_t n, int64_t padd
 template <class En>
 void walk_forward_tile(WalkForwardState<En>& state, const WalkInput<typename En::Element, typename En::Scalar>& in,
                        const WalkStep<typename En::Element, typename En::Scalar>& step,
-                       const typename En::Element* keys, const typename En::Element* values, int64_t b,
+                       const typename En::Operand* keys, const typename En::Operand* values, int64_t b,
                        int64_t begin) {
   using S = typename En::Scalar;
   using E = typename En::Element;
@@ -107,11 +107,11 @@ void walk_forward_tile(WalkForwardState<En>& state, const WalkInput<typename En:
 template <class En>
 void walk_forward(const WalkInput<typename En::Element, typename En::Scalar>& in,
                   const WalkStep<typename En::Element, typename En::Scalar>& step) {
-  using E = typename En::Element;
+  using O = typename En::Operand;
   const int64_t d = in.q.width, key_tiles = (in.n + En::kKeyTile - 1) / En::kKeyTile;
   const int64_t key_size = key_tiles * En::right_transposed_size(En::kKeyTile, d);
   const int64_t value_size = key_tiles * En::right_size(En::kKeyTile, step.x.width);
-  Buffer<E> keys(in.batch * key_size), values(in.batch * value_size);
+  Buffer<O> keys(in.batch * key_size), values(in.batch * value_size);
   struct Nothing {};
   for_each<Nothing>(in.batch * key_tiles, [&](Nothing&, int64_t task) {
     const int64_t b = task / key_tiles, tile = task % key_tiles, first = tile * En::kKeyTile;
@@ -135,14 +135,14 @@ void walk_forward(const WalkInput<typename En::Element, typename En::Scalar>& in
 template <class En>
 struct WalkBackwardState {
   using S = typename En::Scalar;
-  using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0, tile = 0;
   Buffer<S> p{0}, ds{0};                     // [kRowTile, ld] P and dE
   Buffer<S> dk{0}, dv{0};                    // [tile, d], [tile, D] sums
-  Buffer<E> keys_across{0}, keys{0}, values_across{0};  // right operands of the key tile
-  Buffer<E> queries{0}, grads{0};                       // right operands of the query tile
-  Buffer<E> left_queries{0}, left_grads{0}, left_ds{0}, left_across{0};
+  Buffer<O> keys_across{0}, keys{0}, values_across{0};  // right operands of the key tile
+  Buffer<O> queries{0}, grads{0};                       // right operands of the query tile
+  Buffer<O> left_queries{0}, left_grads{0}, left_ds{0}, left_across{0};
 
   void reserve(int64_t key_tile, int64_t d, int64_t width) {
     if (ld != 0) return;

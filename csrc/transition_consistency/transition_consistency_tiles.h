@@ -8,10 +8,11 @@ template <class En>
 struct ConsistencyForwardState {
   using S = typename En::Scalar;
   using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0;
   Buffer<S> scores{0}, targets{0};    // [kRowTile, ld]
-  Buffer<E> queries{0}, others{0};  // left operands
+  Buffer<O> queries{0}, others{0};  // left operands
   // Of each row: peak and sum of exp for E and E', sum of exp(E' - peak') (E' - E), diagonal scores.
   S peak[En::kRowTile], total[En::kRowTile], peak_target[En::kRowTile], total_target[En::kRowTile];
   S gap[En::kRowTile], diagonal[En::kRowTile], diagonal_target[En::kRowTile];
@@ -84,8 +85,8 @@ void consistency_rows(ConsistencyForwardState<En>& state, typename En::Scalar sc
 template <class En>
 void consistency_forward_tile(ConsistencyForwardState<En>& state,
                               const ConsistencyInput<typename En::Element, typename En::Scalar>& in,
-                              const ConsistencyOutput<typename En::Scalar>& out, const typename En::Element* keys,
-                              const typename En::Element* others, int64_t b, int64_t begin) {
+                              const ConsistencyOutput<typename En::Scalar>& out, const typename En::Operand* keys,
+                              const typename En::Operand* others, int64_t b, int64_t begin) {
   using S = typename En::Scalar;
   const Positions at = (*in.valid)[b];
   const int64_t d = in.q.width, rows = std::min(En::kRowTile, at.count - begin);
@@ -121,10 +122,10 @@ void consistency_forward_tile(ConsistencyForwardState<En>& state,
 template <class En>
 void consistency_forward(const ConsistencyInput<typename En::Element, typename En::Scalar>& in,
                          const ConsistencyOutput<typename En::Scalar>& out) {
-  using E = typename En::Element;
+  using O = typename En::Operand;
   const int64_t d = in.q.width, key_tiles = (in.n + En::kKeyTile - 1) / En::kKeyTile;
   const int64_t tile_size = En::right_transposed_size(En::kKeyTile, d), size = key_tiles * tile_size;
-  Buffer<E> keys(in.batch * size), others(in.batch * size);
+  Buffer<O> keys(in.batch * size), others(in.batch * size);
   struct Nothing {};
   for_each<Nothing>(in.batch * key_tiles, [&](Nothing&, int64_t task) {
     const int64_t b = task / key_tiles, tile = task % key_tiles, first = tile * En::kKeyTile;
@@ -148,12 +149,12 @@ void consistency_forward(const ConsistencyInput<typename En::Element, typename E
 template <class En>
 struct ConsistencyBackwardState {
   using S = typename En::Scalar;
-  using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0;
   Buffer<S> scores{0}, targets{0}, dk{0};                 // [kRowTile, ld], [kRowTile, ld], [kKeyTile, d]
-  Buffer<E> keys_across{0}, others_across{0}, keys{0};  // right operands of the key tile
-  Buffer<E> queries{0}, left_queries{0}, left_others{0}, left_ds{0}, left_across{0};
+  Buffer<O> keys_across{0}, others_across{0}, keys{0};  // right operands of the key tile
+  Buffer<O> queries{0}, left_queries{0}, left_others{0}, left_ds{0}, left_across{0};
 
   void reserve(int64_t d) {
     if (ld != 0) return;

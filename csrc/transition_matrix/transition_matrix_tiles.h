@@ -7,11 +7,11 @@ constexpr int64_t kStripRows = 28;
 template <class En>
 struct StripState {
   using S = typename En::Scalar;
-  using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0;
   Buffer<S> scores{0}, other{0};  // [kStripRows, ld]
-  Buffer<E> left{0};
+  Buffer<O> left{0};
 
   void reserve(int64_t n, int64_t d) {
     if (ld != 0) return;
@@ -27,8 +27,9 @@ struct StripState {
 template <class En>
 struct PackedKeys {
   using E = typename En::Element;
+  using O = typename En::Operand;
   int64_t size;
-  Buffer<E> data;
+  Buffer<O> data;
 
   PackedKeys(const Matrix<const E>& k, const Valid& valid, int64_t batch)
       : size(En::right_transposed_size(k.n, k.width)), data(batch * size) {
@@ -170,12 +171,12 @@ void read_gradient(const E* grad, bool transposed, int64_t n_all, int64_t begin,
 template <class En>
 struct MatrixBackwardState {
   using S = typename En::Scalar;
-  using E = typename En::Element;
+  using O = typename En::Operand;
   typename En::Session session;
   int64_t ld = 0;
   Buffer<S> scores{0}, other{0}, grad{0}, dk{0};        // [kRowTile, ld] each; [kKeyTile, d]
-  Buffer<E> keys_across{0}, queries_across{0}, keys{0};  // right operands of the key tile
-  Buffer<E> queries{0}, left{0}, left_ds{0}, left_across{0};
+  Buffer<O> keys_across{0}, queries_across{0}, keys{0};  // right operands of the key tile
+  Buffer<O> queries{0}, left{0}, left_ds{0}, left_across{0};
 
   void reserve(int64_t d) {
     if (ld != 0) return;

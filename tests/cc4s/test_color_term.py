@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,21 @@ class Clock:
             self.seconds += time.process_time() - start
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif("cpu" not in ck.backends.available("slic"), reason="the C++ extension is not built")
 def test_color_takes_a_tenth_of_a_step_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Superpixels, edge weights and energy, beside the small network of `short`; a larger one makes them cheaper."""
+    """Superpixels, edge weights and energy, beside the small network of `short`; a larger one makes them cheaper.
+
+    On one thread, as in a loader process: waiting of threads for each other would be counted as work.
+    """
     slic = Clock(ck.slic)
     monkeypatch.setattr(ck, "slic", slic)
     config, loss, batch = retraining("msrc21", tmp_path, "budget=short", images=8)
