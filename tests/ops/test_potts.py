@@ -95,6 +95,8 @@ class TestPottsOnGraphs(OpTester):
         "frobenius": {"norm": "frobenius"},
         "none": {"norm": "none"},
     }
+    # That of the colour constraint, and the one with the most special cases.
+    representatives = ("quadratic", "collision_divergence")
 
     def make_inputs(self, dtype: torch.dtype, device: str, size: int, seed: int) -> Inputs:
         batch, nodes = (2, size) if size else (0, 4)
@@ -131,6 +133,8 @@ class TestPottsOnGrids(OpTester):
         "frobenius": {"norm": "frobenius"},
         "none": {"norm": "none"},
     }
+    # That of the colour constraint, and the one with the most special cases.
+    representatives = ("quadratic", "collision_divergence")
 
     def make_inputs(self, dtype: torch.dtype, device: str, size: int, seed: int) -> Inputs:
         batch, size = (2, size) if size else (0, 3)

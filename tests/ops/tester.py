@@ -47,6 +47,9 @@ UNTESTED = (torch.bfloat16,) if _triton.INTERPRETED else ()
 """Triton's interpreter is silently wrong in bfloat16."""
 
 
+VALUE_TESTS = ("test_value", "test_gradcheck", "test_double_backward_of_reference", "test_precision", "test_exact")
+
+
 class Difference(NamedTuple):
     """How far a tensor is from what was expected, in four views that fail for different bugs."""
 
@@ -273,6 +276,8 @@ class OpTester:
     differentiable: ClassVar[tuple[int | str, ...]] = ()
     """Positions (or keyword names) of the arguments that have gradients."""
     variants: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    representatives: ClassVar[tuple[str, ...]] = ()
+    """The variants for tests of layout, compilation and the like, where others take the same path; all if empty."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     """Dtypes in which each backend is compared with the float64 reference; empty for integer ops."""
     exact: ClassVar[bool] = False
@@ -401,7 +406,8 @@ class OpTester:
             sizes = (min(self.sizes), max(self.sizes)) if _triton.INTERPRETED else self.sizes
             metafunc.parametrize("size", sizes)
         if "variant" in names:
-            metafunc.parametrize("variant", list(self.variants))
+            values = metafunc.definition.originalname in VALUE_TESTS
+            metafunc.parametrize("variant", list(self.variants) if values else self.representatives or self.variants)
         if "dtype" in names:
             metafunc.parametrize("dtype", [d for d in self.dtypes if d not in UNTESTED] or (torch.float32,), ids=str)
 
