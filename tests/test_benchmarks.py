@@ -45,7 +45,11 @@ def test_providers_agree(case: Case) -> None:
     providers = [p for p in BENCHMARKS[case.op].providers(case, CPU) if not p.name.startswith("compiled")]
     rows = run_case(case, providers, CPU, Rates(), seconds=0, memory=False)
     assert [row.provider for row in rows] == [p.name for p in providers]
-    assert all(0 < row.low <= row.median <= row.high for row in rows)
+    for row in rows:
+        # On a machine with a GPU its backends do not take tensors of the CPU.
+        if not row.note.startswith("left out: "):
+            assert row.median is not None, row.note
+            assert 0 < row.low <= row.median <= row.high
 
 
 def test_a_wrong_provider_is_caught() -> None:

@@ -249,7 +249,7 @@ def _pytest(
     words += ["-p", "no:cacheprovider", f"--junitxml={junit}"]
     nothing = "it has no test for a GPU"
     if sanitizer:
-        # Every kernel of an op runs there, twice, and the reference has none.
+        # A forward and a backward of an op run there, twice, and the reference has no kernels.
         words += ["-k", "test_repeats_bitwise and not reference"]
         nothing = "no Triton or CUDA kernel runs here"
     lacking = lacking or _lacking("pytest")

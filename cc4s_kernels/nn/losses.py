@@ -193,9 +193,8 @@ class SoftEntropyLoss(BatchLoss):
     """Entropy of the predictions, weighted by a map (docs/method.md section 4).
 
     The map m is, in this order: `weight` where it is given; else, with `superpixels`, 1 inside and 0 on
-        boundaries
-    between superpixels and on pixels without one; else 1. It is 0 where `mask` is False. The mean is the sum
-    of m H over the sum of m.
+    boundaries between superpixels and on pixels without one; else 1. It is 0 where `mask` is False. The mean is
+    the sum of m H over the sum of m.
 
     Args:
         align_corners: of the upsampling.

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import cc4s_kernels as ck
-from tests.cc4s.run_tools import environment
+from tests.peak_memory import printed_by
 
 # 1017 pixels give 128 x 128 = 16,384 positions: a float32 matrix of all pairs is 1 GiB.
 STEP = """
-import json, random, resource
+import json, random
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from cc4s.config import load_config
 from cc4s.losses import StageLoss
 from cc4s.models import build_model
 from cc4s.transforms import draw
+from tests.peak_memory import grown_mb
 
 class Largest(TorchDispatchMode):
     elements = 0
@@ -44,27 +42,20 @@ batch = {
     "superpixels": torch.zeros(1, crop, crop, dtype=torch.int32),
 }
 transform = draw(config.loss.consistency, crop, 1, random.Random(1))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with Largest() as seen:
-    terms = loss(network, batch, transform, loss.global_counts([batch], [transform]))
-    terms["loss"].backward()
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-print(json.dumps({"elements": seen.elements, "mb": grown, "kl": float(terms["consistency_kl"])}))
+found = {}
+def step():
+    with Largest() as seen:
+        terms = loss(network, batch, transform, loss.global_counts([batch], [transform]))
+        terms["loss"].backward()
+    found.update(elements=seen.elements, kl=float(terms["consistency_kl"]))
+print(json.dumps({"mb": grown_mb(step), **found}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("cpu" not in ck.backends.available("random_walk"), reason="the C++ extension is not built")
-def test_a_training_step_at_16384_positions(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", STEP],
-        capture_output=True,
-        text=True,
-        env=environment({"OMP_NUM_THREADS": "2"}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+def test_a_training_step_at_16384_positions() -> None:
+    found = json.loads(printed_by(STEP).splitlines()[-1])
     assert found["kl"] == found["kl"]
     # The largest tensor is the image, 3 x 1017^2; a matrix of all pairs has 268 million elements.
     assert found["elements"] == 3 * 1017**2

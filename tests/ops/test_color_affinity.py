@@ -16,7 +16,7 @@ from torch import Tensor
 import cc4s_kernels as ck
 from cc4s_kernels import backends
 from cc4s_kernels.ops.color_affinity.reference import color_affinity, histograms
-from tests.ops.tester import Inputs, OpTester, generator, strided_copy
+from tests.ops.tester import Inputs, OpTester, devices_of, generator, strided_copy
 
 needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 
@@ -241,11 +241,12 @@ def test_every_gradient_bin_boundary() -> None:
     with ck.use_backend("reference"):
         expected = ck.color_affinity(image, ids, 30)
     for name in backends.available("color_affinity"):
+        device = devices_of(name)[0]
         with ck.use_backend(name):
-            found = ck.color_affinity(image, ids, 30)
-        assert torch.equal(found.edge_index, expected.edge_index)
-        assert torch.equal(found.counts, expected.counts)
-        torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-6)
+            found = ck.color_affinity(image.to(device), ids.to(device), 30)
+        assert torch.equal(found.edge_index.cpu(), expected.edge_index)
+        assert torch.equal(found.counts.cpu(), expected.counts)
+        torch.testing.assert_close(found.weight.cpu(), expected.weight, rtol=0, atol=1e-6)
 
 
 def test_gradients_at_borders_and_masks() -> None:

@@ -1,8 +1,5 @@
 """The CPU kernels of the pairwise ops: instruction sets, threads, the published size, memory, exp."""
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +12,7 @@ from torch import Tensor
 import cc4s_kernels as ck
 from cc4s_kernels import _library
 from tests.ops.tester import OpTester, Result, generator, randn, tensors, to_dtype
+from tests.peak_memory import printed_by
 
 pytestmark = pytest.mark.skipif(_library.EXTENSION_ERROR is not None, reason="no C++ extension")
 
@@ -80,6 +78,13 @@ def test_every_instruction_set(instructions, dtype, op, options, monkeypatch):
     # 300 positions are several tiles; 33 and 70 channels fill no panel.
     monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
     assert_near_reference(draw_call(op, 300, 33, 70, dtype, **options))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_long_sums_on_every_instruction_set(instructions, monkeypatch):
+    """512 value channels: dO V^T as one chain of products would leave dQ with more than the rule allows."""
+    monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
+    assert_near_reference(draw_call("random_walk", 300, 64, 512, torch.float32))
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
@@ -183,54 +188,52 @@ def test_exp_at_the_ends():
     assert bool(y[5].isnan())
 
 
-# Prints by how much the peak of the resident memory exceeds what was there before a call and its outputs, in MB.
+# Prints by how much the peak of the memory exceeds what was there before a call, and its outputs, in MB.
 MEMORY_SCRIPT = """
-import json, sys, torch
+import sys, torch
 import cc4s_kernels as ck
+from tests.peak_memory import grown_mb
 op, size, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
 
-def memory(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
-
-def start():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from here
-    return memory("VmRSS")
-
-def call(size):
+def case(size):
     q, k, q2, k2 = (torch.randn(1, size, 64).mul(0.3).to(dtype).requires_grad_() for _ in range(4))
-    if op == "random_walk":
-        inputs = (q, k, torch.randn(1, size, 512).to(dtype).requires_grad_())
-        before = start()
-        y = ck.random_walk(*inputs)
-        outputs = (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)), torch.ones_like(y))
-    else:
-        before = start()
-        found = ck.transition_consistency(q, k, q2.detach(), k2.detach())
-        outputs = (*found, *torch.autograd.grad(found.kl.sum() + found.trace.sum(), (q, k)))
-    return memory("VmHWM") - before - sum(t.numel() * t.element_size() for t in outputs) / 2**20
+    v = torch.randn(1, size, 512).to(dtype).requires_grad_()
+    def run():
+        if op == "random_walk":
+            y = ck.random_walk(q, k, v)
+            outputs = (y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y)), torch.ones_like(y))
+        else:
+            found = ck.transition_consistency(q, k, q2.detach(), k2.detach())
+            outputs = (*found, *torch.autograd.grad(found.kl.sum() + found.trace.sum(), (q, k)))
+        sizes.append(sum(t.numel() * t.element_size() for t in outputs) / 2**20)
+        return outputs
+    return run
 
+sizes = []
 with ck.use_backend("cpu"):
-    call(300)
-    print(json.dumps(call(size)))
+    case(300)()
+    print(grown_mb(case(size)) - sizes[-1])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", ["random_walk", "transition_consistency"])
-def test_memory_at_a_large_size(op, dtype):
-    found = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT, op, "16384", dtype],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
+@pytest.mark.parametrize(
+    ("op", "dtype", "instructions"),
+    [
+        ("random_walk", "float32", ""),
+        ("random_walk", "bfloat16", ""),
+        # Without instructions for bfloat16.
+        ("random_walk", "bfloat16", "avx2"),
+        ("transition_consistency", "float32", ""),
+        ("transition_consistency", "bfloat16", ""),
+    ],
+)
+def test_memory_at_a_large_size(op, dtype, instructions, monkeypatch):
+    if instructions:
+        monkeypatch.setenv("CC4S_KERNELS_CPU", instructions)
     # A matrix of all pairs alone would be 1024 MB.
-    assert json.loads(found.stdout) <= 64
+    assert float(printed_by(MEMORY_SCRIPT, op, "16384", dtype)) <= 64
 
 
 def test_half_precision_runs_here_too():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor
 import cc4s_kernels as ck
 from cc4s_kernels import backends
 from tests.ops.tester import Inputs, OpTester, Result, assert_matches, generator, randn
+from tests.peak_memory import printed_by
 
 needs_extension = pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
 
@@ -435,16 +434,8 @@ def test_double_backward_on_the_cpu_names_the_reference() -> None:
 def test_no_memory_of_the_upsampled_size() -> None:
     """The process grows by less than a sixteenth of the upsampled logits, 256 MiB; allocations of C++ count."""
     code = """
-from pathlib import Path
 import torch, cc4s_kernels as ck
-torch.set_num_threads(2)
-def grown(run):
-    # The high-water mark is reset: a child process starts with that of its parent.
-    Path("/proc/self/clear_refs").write_text("5")
-    status = lambda: Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    before = int(status())
-    run()
-    return (int(status()) - before) / 1024
+from tests.peak_memory import grown_mb
 def case(classes, low, size):
     logits = torch.randn(1, classes, low, low, requires_grad=True)
     labels = torch.ones(1, size, size, dtype=torch.uint8)
@@ -455,10 +446,9 @@ def case(classes, low, size):
     return run
 with ck.use_backend("cpu"):
     case(2, 4, 32)()
-    print(grown(case(64, 32, 1024)))
-print(grown(lambda: torch.ones(64, 1024, 1024)))
+    print(grown_mb(case(64, 32, 1024)))
+print(grown_mb(lambda: torch.ones(64, 1024, 1024)))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours, whole = map(float, result.stdout.split())
+    ours, whole = map(float, printed_by(code).split())
     assert whole >= 250, "the measure does not see an allocation"
     assert ours < 16, f"{ours:.1f} MiB"
