@@ -141,7 +141,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 256, 4, 2)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 256, 8, 1)),
         Row(ALL, ("float32",), 64, ANY, Config(32, 32, 256, 4, 2)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
+        Row(ALL, ("float32",), 128, ANY, Config(32, 16, 32, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(16, 16, 32, 8, 1)),
     ),
     # Two products to a score.
     "matrix_symmetric": (
@@ -155,7 +156,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("half",), 128, ANY, Config(64, 32, 64, 8, 2)),
         Row(ALL, ("half",), 256, ANY, Config(32, 32, 64, 8, 1)),
         Row(ALL, ("tf32",), 256, ANY, Config(32, 32, 32, 8, 1)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 8, 1)),
+        Row(ALL, ("float32",), 128, ANY, Config(32, 16, 32, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(16, 16, 32, 4, 1)),
     ),
     # 64 numbers of a tile in a thread where no four sums of corners stand beside them, else 32, or 8 of float64.
     "upsample_losses": (
