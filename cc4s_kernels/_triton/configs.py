@@ -107,7 +107,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(AMPERE, ("half",), 256, ANY, Config(64, 64, 64, 4, 2)),
         Row(ALL, ("tf32",), 64, ANY, Config(64, 32, 64, 8, 2)),
         Row(ALL, ("tf32",), 256, ANY, Config(64, 32, 32, 4, 2)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 32, 32, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 32, 4, 1)),
     ),
     "consistency_scores": (
         INTERPRETER,
@@ -118,8 +118,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(AMPERE, ("half",), 256, ANY, Config(64, 32, 0, 8, 1)),
         Row(ALL, ("tf32",), 64, ANY, Config(32, 32, 0, 8, 1)),
         Row(ALL, ("tf32",), 256, ANY, Config(16, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 128, ANY, Config(16, 32, 0, 8, 1)),
-        Row(ALL, ("float32",), 256, ANY, Config(32, 16, 0, 4, 1)),
+        Row(ALL, ("float32",), 128, ANY, Config(16, 16, 0, 8, 1)),
+        Row(ALL, ("float32",), 256, ANY, Config(16, 16, 0, 4, 1)),
     ),
     # The matrix itself, and its backward: bound by the matrix's traffic. v columns of d at a time.
     "matrix": (
