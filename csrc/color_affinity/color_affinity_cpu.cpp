@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/strides_of.h"
 #include "common/target_clones.h"
 
 namespace {
@@ -27,10 +28,6 @@ constexpr int kColorBins = 25, kTextureBins = 10;
 constexpr int kGroup = 32, kTextures = 3 * kGroup, kCounters = 4 * kGroup, kPixels = kCounters - 1;
 // A multiple of 8 that holds both textures and nothing else.
 constexpr int kTextureRoom = 24;
-
-struct Strides {
-  int64_t batch, channel, row, column;
-};
 
 struct Problem {
   int64_t batch, height, width, nodes;
@@ -529,12 +526,6 @@ void log_likeness(const uint64_t* edges, int64_t count, const int32_t* counters,
     const double texture = squared_distance(first + kTextures, b + kTextures, share, kTextureRoom);
     out[e] = -5.0 * (std::sqrt(color) / 25.0 + std::sqrt(texture) / 100.0);
   }
-}
-
-Strides strides_of(const Tensor& tensor) {
-  const bool planar = tensor.dim() == 4;
-  return {tensor.stride(0), planar ? tensor.stride(1) : 0, tensor.stride(planar ? 2 : 1),
-          tensor.stride(planar ? 3 : 2)};
 }
 
 Problem problem_of(const Tensor& image, const Tensor& superpixels, int64_t nodes) {

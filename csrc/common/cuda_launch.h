@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/strides.cuh"
+#include "common/strides_of.h"
 
 // Kernels on the current stream of a tensor's device, which is the current device as long as this lives.
 class StreamLauncher {
@@ -30,10 +30,3 @@ class StreamLauncher {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
-
-// Of [B, C, H, W] or [B, H, W].
-inline Strides strides_of(const torch::stable::Tensor& tensor) {
-  const bool planar = tensor.dim() == 4;
-  return {tensor.stride(0), planar ? tensor.stride(1) : 0, tensor.stride(planar ? 2 : 1),
-          tensor.stride(planar ? 3 : 2)};
-}

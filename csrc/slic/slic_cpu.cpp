@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/instruction_sets.h"
+#include "common/strides_of.h"
 #include "slic/cells.h"
 #include "slic/lab_tables.h"
 
@@ -37,10 +38,6 @@ const std::vector<int32_t>& cube_root_table() {
   }();
   return table;
 }
-
-struct Strides {
-  int64_t batch, channel, row, column;
-};
 
 // ---- Step 2: the grid of cells
 
@@ -477,12 +474,6 @@ void connect(const Grid& grid, int64_t num_segments, int32_t* labels) {
       x = run.end;
     }
   }
-}
-
-Strides strides_of(const Tensor& tensor) {
-  const bool planar = tensor.dim() == 4;
-  return {tensor.stride(0), planar ? tensor.stride(1) : 0, tensor.stride(planar ? 2 : 1),
-          tensor.stride(planar ? 3 : 2)};
 }
 
 // image [B, 3, H, W] uint8, mask [B, H, W] bool -> ids [B, H, W] int32. compactness: in 1/256.
