@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/strides.cuh"
+#include "common/warp.cuh"
 
 namespace color_affinity {
 
@@ -14,7 +15,6 @@ constexpr int kColors = 3 * kColorBins, kTextures = 2 * kTextureBins;
 constexpr int kPixels = kColors + kTextures, kCounters = kPixels + 1;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kTile = 32, kSide = kTile + 2;
 // Nodes of a tile that are counted in shared memory; 800 superpixels of 465 x 465 pixels put up to 15 into one.
 constexpr int kSlots = 32;
@@ -40,9 +40,6 @@ struct Tile {
   int nodes[kSide * kSide];
   unsigned colors[kSide * kSide];  // R + (G << 8) + (B << 16)
 };
-
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 
 // The image of this block's tile.
 template <class Id>
@@ -143,8 +140,8 @@ __global__ void __launch_bounds__(kThreads)
     border_pair(tile, p, 1, kSide, add);
     border_pair(tile, p, kSide, 1, add);
   }
-  low = __reduce_min_sync(kAll, low);
-  high = __reduce_max_sync(kAll, high);
+  low = __reduce_min_sync(kAllLanes, low);
+  high = __reduce_max_sync(kAllLanes, high);
   if (lane_index() == 0) {
     atomicMin(&range[0], low);
     atomicMax(&range[1], high);
@@ -165,11 +162,7 @@ __global__ void __launch_bounds__(kThreads) exclusive_sums(int* __restrict__ val
   for (int begin = 0; begin < nodes; begin += kThreads) {
     const int i = begin + static_cast<int>(threadIdx.x);
     const int value = i < nodes ? row[i] : 0;
-    int sum = value;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAll, sum, step);
-      if (lane_index() >= step) sum += other;
-    }
+    int sum = sum_up_to_lane(value);
     if (lane_index() == 31) warp_sums[warp_index()] = sum;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) {
@@ -256,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The number of pixels of a node: the sum of the bins of one gradient. For a whole warp.
 __device__ __forceinline__ int pixels_of(const int* counters) {
-  return __reduce_add_sync(kAll, lane_index() < kTextureBins ? counters[kColors + lane_index()] : 0);
+  return __reduce_add_sync(kAllLanes, lane_index() < kTextureBins ? counters[kColors + lane_index()] : 0);
 }
 
 // One warp for a node. color: [B, K, 75], texture: [B, K, 20], counts: [B, K].
@@ -295,7 +288,7 @@ __device__ __forceinline__ void for_each_window(const int* bucket, int size, uns
       }
     }
     __syncwarp();
-    next = __reduce_min_sync(kAll, next);
+    next = __reduce_min_sync(kAllLanes, next);
     body(base, words[lane_index()]);
     if (next == kLargest) return;
     base = next;
@@ -316,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
   int edges = 0;
   for_each_window(buckets + b * bucket_places + bounds[0], bounds[1] - bounds[0], words + warp_index() * 32,
                   [&](int, unsigned bits) { edges += __popc(bits); });
-  edges = __reduce_add_sync(kAll, edges);
+  edges = __reduce_add_sync(kAllLanes, edges);
   int* const own = counters + row * kCounters;
   const int pixels = pixels_of(own);
   if (lane_index() == 0) {
@@ -342,16 +335,12 @@ __global__ void __launch_bounds__(kThreads)
   const auto place_window = [&](int base, unsigned bits) {
     // The edges of a lane come after those of the lanes before it.
     const int own = __popc(bits);
-    int sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAll, sum, step);
-      if (lane_index() >= step) sum += other;
-    }
+    const int sum = sum_up_to_lane(own);
     for (int place = first + sum - own; bits != 0 && place < places; bits &= bits - 1, ++place) {
       lower[place] = row - b * nodes;
       upper[place] = base + 32 * lane_index() + __ffs(static_cast<int>(bits)) - 1;
     }
-    first += __shfl_sync(kAll, sum, 31);
+    first += __shfl_sync(kAllLanes, sum, 31);
   };
   for_each_window(buckets + b * bucket_places + bounds[0], bounds[1] - bounds[0], words + warp_index() * 32,
                   place_window);
@@ -367,8 +356,8 @@ __device__ __forceinline__ double likeness(const int* a, const int* b) {
     (s < kColors ? color : texture) += d * d;
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    color += __shfl_xor_sync(kAll, color, lanes);
-    texture += __shfl_xor_sync(kAll, texture, lanes);
+    color += __shfl_xor_sync(kAllLanes, color, lanes);
+    texture += __shfl_xor_sync(kAllLanes, texture, lanes);
   }
   const double scale = static_cast<double>(a_pixels) * static_cast<double>(b_pixels);
   return exp(-5.0 * (sqrt(color) / 25.0 + sqrt(texture) / 100.0) / scale);

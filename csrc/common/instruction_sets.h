@@ -1,18 +1,7 @@
 // One source compiled for several instruction sets, chosen at run time.
 //
 // A kernel stands in a file `<name>.inl` without includes of its own, written with the vectors of
-// common/vectors.inl. The .cpp includes both once for each instruction set:
-//
-//   #if CC4S_X86
-//   CC4S_PUSH_AVX512
-//   namespace avx512 {
-//   #define CC4S_VECTOR_BYTES 64
-//   #include "common/vectors.inl"
-//   #include "<op>/<name>.inl"
-//   #undef CC4S_VECTOR_BYTES
-//   }
-//   CC4S_POP
-//   #endif
+// common/vectors.inl; common/foreach_instruction_set.h compiles it for each.
 #pragma once
 
 #include "common/isa.h"

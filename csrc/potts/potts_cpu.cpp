@@ -22,38 +22,8 @@ namespace {
 using namespace cc4s::potts;
 using torch::stable::Tensor;
 
-#if CC4S_X86
-CC4S_PUSH_AVX512
-namespace avx512 {
-#define CC4S_VECTOR_BYTES 64
-#include "common/vectors.inl"
-#include "potts/relax.inl"
-#include "potts/grid.inl"
-#include "potts/graph.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace avx512
-CC4S_POP
-
-CC4S_PUSH_AVX2
-namespace avx2 {
-#define CC4S_VECTOR_BYTES 32
-#include "common/vectors.inl"
-#include "potts/relax.inl"
-#include "potts/grid.inl"
-#include "potts/graph.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace avx2
-CC4S_POP
-#endif
-
-namespace portable {
-#define CC4S_VECTOR_BYTES 16
-#include "common/vectors.inl"
-#include "potts/relax.inl"
-#include "potts/grid.inl"
-#include "potts/graph.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace portable
+#define CC4S_VECTOR_CODE "potts/kernels.inl"
+#include "common/foreach_instruction_set.h"
 
 // Each task is worked on by one thread.
 template <typename Problem>

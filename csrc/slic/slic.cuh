@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/strides.cuh"
+#include "common/warp.cuh"
 #include "slic/cells.h"
 #include "slic/lab_tables.h"
 
@@ -13,7 +14,6 @@ using Wide = unsigned long long;
 constexpr int kPositionScale = 16;
 constexpr int kWeightShift = 20;
 constexpr int kIntMax = 0x7fffffff;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // A tile is a part of one row of cells: up to 64 columns, one per thread, in two halves of up to 9 pixels of a column.
 constexpr int kTileWidth = 64;
@@ -652,15 +652,10 @@ __device__ inline Wide smallest(const Graph& graph, unsigned count, Has has, Ord
 // The sum of `value` over the threads before this one; by all threads.
 __device__ inline int sum_before(int value) {
   __shared__ int warps[kMaxMergeThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
+  int sum = sum_up_to_lane(value);
+  if (lane_index() == 31) warps[warp_index()] = sum;
   __syncthreads();
-  for (int i = 0; i < warp; ++i) sum += warps[i];
+  for (int i = 0; i < warp_index(); ++i) sum += warps[i];
   return sum - value;
 }
 

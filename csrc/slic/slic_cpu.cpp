@@ -174,32 +174,8 @@ void update_centroids(const Grid& grid, const State& state, int row) {
   }
 }
 
-#if CC4S_X86
-CC4S_PUSH_AVX512
-namespace avx512 {
-#define CC4S_VECTOR_BYTES 64
-#include "common/vectors.inl"
-#include "slic/assign.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace avx512
-CC4S_POP
-
-CC4S_PUSH_AVX2
-namespace avx2 {
-#define CC4S_VECTOR_BYTES 32
-#include "common/vectors.inl"
-#include "slic/assign.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace avx2
-CC4S_POP
-#endif
-
-namespace portable {
-#define CC4S_VECTOR_BYTES 16
-#include "common/vectors.inl"
-#include "slic/assign.inl"
-#undef CC4S_VECTOR_BYTES
-}  // namespace portable
+#define CC4S_VECTOR_CODE "slic/assign.inl"
+#include "common/foreach_instruction_set.h"
 
 // Images narrower than a vector: one pixel at a time.
 void assign_narrow_band(const Grid& grid, const State& state, int band) {
