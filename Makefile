@@ -5,6 +5,9 @@
 #                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
 #                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
 #   make bench     every op against its baselines; OPS="slic potts" takes some, JSON=FILE also writes rows, tables, plot
+#   make bench-compare   our own kernels against the committed times of this kind of processor; make bench-baseline writes
+#                  them, make bench-page renews docs/benchmarks.md from the committed results
+#   make peers     packages that are only benchmarked against (benchmarks/peers.txt), into .venv
 #   make gpu       on a machine with a GPU, in its own Python and without a network: build, tests, compute-sanitizer and
 #                  benchmarks, results in benchmarks/results; OUT=DIR, PARTS="build bench", OPS="slic potts", MINUTES=9.5,
 #                  DRY_RUN=1 only prints the commands; docs/gpu.md
@@ -19,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton bench gpu compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +66,24 @@ compile-check: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run $(foreach op,$(OPS),--op $(op)) $(if $(JSON),--json $(JSON))
+
+# One folder for each kind of processor: times of another one say nothing.
+SPEED = benchmarks/test_speed.py --benchmark-storage=file://benchmarks/results/speed/$(PROCESSOR) --benchmark-sort=name
+PROCESSOR := $(shell sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -1 | tr -cs '[:alnum:]\n' -)
+
+bench-baseline: build
+	$(BIN)/python -m pytest -q -p no:xdist $(SPEED) --benchmark-save=baseline
+
+bench-compare: build
+	@ls benchmarks/results/speed/$(PROCESSOR)/*/*.json > /dev/null 2>&1 || \
+		{ echo "No times of a $(PROCESSOR) in benchmarks/results/speed: make bench-baseline writes them"; exit 1; }
+	$(BIN)/python -m pytest -q -p no:xdist $(SPEED) --benchmark-compare --benchmark-compare-fail=median:33%
+
+bench-page: build
+	$(BIN)/python -m benchmarks.page
+
+peers: build
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -r benchmarks/peers.txt
 
 gpu:
 	$(MACHINE_PYTHON) -m tools.gpu $(if $(OUT),--out $(OUT)) $(if $(PARTS),--parts $(PARTS)) $(if $(OPS),--ops $(OPS)) \

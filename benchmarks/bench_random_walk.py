@@ -63,6 +63,16 @@ def cudnn_split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([sdpa(q, k, part) for part in v.split(128, dim=-1)], -1)
 
 
+def keops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """KeOps also keeps no N x N matrix; its C++ is compiled at the first call."""
+    import pykeops
+    from pykeops.torch import LazyTensor
+
+    pykeops.set_verbose(False)
+    scores = LazyTensor(q[:, :, None]) | LazyTensor(k[:, None])
+    return scores.sumsoftmaxweight(LazyTensor(v[:, None].contiguous()), dim=2)
+
+
 def run_of(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Case, torch.device], Run]:
     def make(case: Case, device: torch.device) -> Run:
         q, k, v, gradient = inputs(case, device)
@@ -99,6 +109,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     add("sdpa", sdpa)
     if device.type == "cuda" and case.dtype != "float32":
         add("cudnn, V in 4 parts", cudnn_split)
+    if case.dtype == "float32":
+        add("pykeops", keops)
     for name in ck.backends.available(OP):
         if name != "reference":
             add(f"cc4s {name}", on_backend(name))

@@ -57,6 +57,19 @@ def scikit_image(case: Case, device: torch.device) -> Run:
     return lambda: [torch.from_numpy(segments(image, best)) for image in images]
 
 
+def fast_slic(case: Case, device: torch.device) -> Run:
+    """fast-slic 0.4 with AVX2: another distance and another rule for small components, so no equal result either."""
+    from fast_slic.avx2 import SlicAvx2
+
+    images = photograph(*(case.size[key] for key in "BHW")).permute(0, 2, 3, 1).contiguous().numpy()
+
+    def run() -> Sequence[Tensor]:
+        made = (SlicAvx2(case.size["K"], compactness=10).iterate(image, max_iter=10) for image in images)
+        return [torch.from_numpy(segments) for segments in made]
+
+    return run
+
+
 def on_backend(name: str, case: Case, device: torch.device) -> Run:
     image = photograph(*(case.size[key] for key in "BHW")).to(device)
 
@@ -69,6 +82,7 @@ def on_backend(name: str, case: Case, device: torch.device) -> Run:
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
     made = [Provider("scikit-image", scikit_image, note="compared in quality only")]
+    made.append(Provider("fast-slic", fast_slic, note="not compared"))
     made.append(Provider("reference", lambda c, d: on_backend("reference", c, d)))
     for name in ck.backends.available(OP):
         if name != "reference":

@@ -87,6 +87,20 @@ def entropy_and_pool(log_prob: Tensor, ids: Tensor | None, count: int) -> Losses
     return entropy, pooled.mT
 
 
+def eager_torch_scatter(logits: Tensor, labels: Tensor, ids: Tensor | None, count: int) -> Losses:
+    """The sums of superpixels by torch_scatter instead of torch's own scatter_add."""
+    from torch_scatter import scatter
+
+    full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    log_prob = full.log_softmax(1)
+    cross_entropy = F.nll_loss(log_prob, labels, ignore_index=255, reduction="sum")
+    prob = log_prob.exp()
+    assert ids is not None
+    index = ids.flatten(1)[:, None].expand(-1, prob.shape[1], -1)  # [B, C, HW]
+    pooled = scatter(prob.flatten(2), index, dim=2, dim_size=count)
+    return cross_entropy, -(prob * log_prob).sum(), pooled.mT
+
+
 def fused(name: str) -> Callable[..., Losses]:
     def run(logits: Tensor, labels: Tensor, ids: Tensor | None, count: int) -> Losses:
         with ck.use_backend(name):
@@ -131,6 +145,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     tolerance = 1e-4 if case.dtype == "float32" else 3e-2
     made = [Provider("eager", run_of(eager))]
     made.append(Provider("eager, one log_softmax", run_of(eager_shared), "eager", tolerance))
+    if case.size["K"]:
+        made.append(Provider("eager, torch_scatter", run_of(eager_torch_scatter), "eager", tolerance))
     made.append(Provider("compiled eager", run_of(compiled(eager_shared)), "eager", tolerance))
     for name in ck.backends.available(OP):
         if name != "reference":

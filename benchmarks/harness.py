@@ -371,6 +371,8 @@ def run_case(
 
 
 def _failure(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"left out: {error.name} is not installed (make peers)"
     lines = str(error).strip().splitlines() or [""]
     # A backend that does not take the case, such as a dtype, says why.
     if "cannot run there: " in lines[0]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 import cc4s_kernels as ck
-from benchmarks import harness, report
+from benchmarks import harness, page, report
 from benchmarks.harness import Case, Provider, Rates, Row, quantile, run_case
 from benchmarks.registry import BENCHMARKS
 from benchmarks.run import _cases, main
@@ -229,3 +232,45 @@ def test_times_have_three_digits() -> None:
 def test_quantiles() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
+
+
+def test_the_page_is_that_of_the_committed_results() -> None:
+    """`make bench-page` renews it."""
+    assert page.PAGE.read_text() == page.page(page.committed())
+
+
+def test_the_fastest_of_both_sides_are_compared() -> None:
+    def row(provider: str, median: float | None) -> dict[str, object]:
+        case = {"op": "slic", "size": {"N": 1000}, "dtype": "uint8", "pass_": "forward"}
+        return {**case, "provider": provider, "median": median, "roofline_share": None, "memory_mb": None}
+
+    rows = [row("eager", 4e-3), row("compiled eager", 3e-3), row("failed", None), row("reference", 1e-3)]
+    assert page.results_of(rows) == []
+    rows += [row("cc4s cpu", 2e-3), row("cc4s triton", 1.5e-3), row("cc4s cpu, variant", 1e-4)]
+    (result,) = page.results_of(rows)
+    assert (result.ours["provider"], result.other["provider"], result.speedup) == ("cc4s triton", "compiled eager", 2.0)
+    assert page.table([result])[-1] == (
+        "| slic, N = 1,000, uint8, forward | triton | 1.5 | compiled eager | 3 | 2.00 |  |  |  |"
+    )
+
+
+def test_a_peer_that_is_not_installed_is_left_out_and_says_so() -> None:
+    def absent(case: Case, device: torch.device):
+        importlib.import_module("no_such_peer")
+
+    case = Case("slic", {"B": 1}, "uint8", "forward", 0, 0, 0)
+    (row,) = run_case(case, [Provider("peer", absent)], CPU, Rates(), seconds=0, memory=False)
+    assert row.note == "left out: no_such_peer is not installed (make peers)"
+
+
+def test_the_regression_suite_runs() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--benchmark-disable"]
+    done = subprocess.run(
+        [*command, "benchmarks/test_speed.py", "-k", "slic or potts"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
