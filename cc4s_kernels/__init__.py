@@ -6,7 +6,7 @@ Ops are functions of tensors; `ck.nn` holds modules and losses. `ck.use_backend`
 `ck.explain` says which one would run.
 """
 
-from cc4s_kernels import backends, nn
+from cc4s_kernels import backends, distributed, nn
 from cc4s_kernels.backends import explain, use_backend
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
 from cc4s_kernels.ops.neural_eigenspace import NeuralEigenspace, neural_eigenspace
@@ -26,6 +26,7 @@ __all__ = [
     "UpsampleLosses",
     "backends",
     "color_affinity",
+    "distributed",
     "explain",
     "gaussian_grid",
     "neural_eigenspace",

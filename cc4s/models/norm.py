@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cc4s.errors import UserError
 from cc4s.models.distributed import rank_and_world
+from cc4s_kernels.distributed import sum_over_processes
 
 NORMS = ("batch", "group", "frozen")
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; the gradient is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -63,14 +46,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         local = x.shape[0] * x.shape[2] * x.shape[3]
         sums = wide.sum((0, 2, 3), dtype=torch.float64)
         # The count travels with the sums; float64 holds it exactly. [C + 1]
-        sums = _SumOverProcesses.apply(torch.cat([sums, sums.new_full((1,), local)]))
+        sums = sum_over_processes(torch.cat([sums, sums.new_full((1,), local)]))
         count = int(sums[-1].item())
         if count <= 1:
             raise ValueError(f"expected more than 1 value per channel in training, got {count} in the global batch")
         mean = sums[:-1] / count
         centred = wide - mean.to(wide.dtype)[:, None, None]
         squares = (centred * centred).sum((0, 2, 3), dtype=torch.float64)
-        var = _SumOverProcesses.apply(squares) / count
+        var = sum_over_processes(squares) / count
         if self.track_running_stats:
             self._update_buffers(mean, var, count)
         scale = torch.rsqrt(var + self.eps).to(wide.dtype)

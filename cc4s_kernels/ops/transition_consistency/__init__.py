@@ -53,6 +53,18 @@ def transition_consistency(
 
     Source: docs/method.md section 5.
     """
+    check_arguments(q, k, q_target, k_target, mask, scale, normalize)
+    q_target, k_target = q_target.detach(), k_target.detach()
+    run = backends.select(
+        "transition_consistency", q, k, q_target, k_target, mask=mask, scale=scale, normalize=normalize
+    )
+    return run(q, k, q_target, k_target, mask=mask, scale=scale, normalize=normalize)
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, q_target: Tensor, k_target: Tensor, mask: Tensor | None, scale: float, normalize: str
+) -> None:
+    """Raises what `transition_consistency` says it raises."""
     check_queries_and_keys(q, k)
     check_queries_and_keys(q_target, k_target, ("q_target", "k_target"))
     check_shape("q_target", q_target, q.shape, "that of q")
@@ -62,8 +74,3 @@ def transition_consistency(
     check_mask(q, mask)
     check_number("scale", scale)
     check_choice("normalize", normalize, ("row", "column"))
-    q_target, k_target = q_target.detach(), k_target.detach()
-    run = backends.select(
-        "transition_consistency", q, k, q_target, k_target, mask=mask, scale=scale, normalize=normalize
-    )
-    return run(q, k, q_target, k_target, mask=mask, scale=scale, normalize=normalize)
