@@ -1,6 +1,8 @@
 # Everything runs in .venv, created on first use with the versions of constraints.txt.
 #   make demo      the whole pipeline on a built-in synthetic set, with report.html
 #   make test      lint, types and tests
+#   make test-integrations   tests of torchvision, segmentation_models_pytorch, transformers, mmsegmentation and ONNX in
+#                        .venv-integrations, an environment of their own
 #   make compile-check   compiles the Triton and CUDA kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills,
 #                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
 #                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
@@ -17,12 +19,15 @@ PYTHON ?= python3
 MACHINE_PYTHON := $(shell command -v $(PYTHON))
 VENV ?= .venv
 BIN := $(VENV)/bin
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints.txt -c constraints-integrations.txt
 # ninja and the console scripts of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton test-integrations bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +64,18 @@ test: lint selftest
 # A process of its own: Triton decides when a kernel is defined whether it will be interpreted.
 test-triton: build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m triton_interpreter -n 2
+
+# The extension is there already; mmsegmentation's own requirements ask for a compiled mmcv.
+$(INTEGRATIONS)/.installed: constraints.txt constraints-integrations.txt pyproject.toml
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS_PIP) "setuptools>=77" wheel torch numpy
+	CC4S_KERNELS_SKIP_BUILD=1 $(INTEGRATIONS_PIP) --no-build-isolation -e ".[integrations]"
+	$(INTEGRATIONS_PIP) --no-deps mmsegmentation mmcv-lite
+	touch $@
+
+# Warnings of other packages are not ours to fix.
+test-integrations: build $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations -W ignore
 
 compile-check: build
 	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON)) \

@@ -17,6 +17,7 @@ from cc4s_kernels.ops.superpixel_boundaries import superpixel_boundaries
 from cc4s_kernels.ops.transition_consistency import TransitionConsistency, transition_consistency
 from cc4s_kernels.ops.transition_matrix import transition_matrix
 from cc4s_kernels.ops.upsample_losses import UpsampleLosses, upsample_losses
+from cc4s_kernels.patching import patch
 
 __all__ = [
     "NeuralEigenspace",
@@ -31,6 +32,7 @@ __all__ = [
     "gaussian_grid",
     "neural_eigenspace",
     "nn",
+    "patch",
     "pixel_grid",
     "potts",
     "random_walk",
