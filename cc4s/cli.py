@@ -1,4 +1,4 @@
-"""The command line: cc4s run | train | evaluate | predict | pseudo-label | scribble | demo | ladder."""
+"""The command line: cc4s run | train | evaluate | predict | export | pseudo-label | scribble | demo | ladder."""
 
 from __future__ import annotations
 
@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--long-side", type=int, metavar="PIXELS", help="long side at scale 1; 0 keeps the size")
     predict.add_argument("--no-overlays", action="store_true", help="masks only")
     _add_device_options(predict)
+
+    export = add("export", _export, "The network as one file that runs without this package, also in ONNX Runtime.")
+    export.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a .pt or the authors' .pth.tar")
+    export.add_argument("--format", required=True, choices=["torch-export", "onnx"], help="kind of file")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file: .pt2 or .onnx")
 
     pseudo = add("pseudo-label", _pseudo_label, "Pseudo-labels of the training images from a checkpoint.")
     _add_recipe(pseudo, optional=True)
@@ -355,6 +360,14 @@ def _predict(arguments: argparse.Namespace) -> None:
     count = predict_images(_trained(arguments, words), images, arguments.out, overlays=not arguments.no_overlays)
     if count:
         print(f"{count} masks: {arguments.out / 'masks'}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from cc4s.engine.checkpoint import load_trained
+    from cc4s.engine.export import export
+
+    export(load_trained(arguments.checkpoint), arguments.format, arguments.out)
+    print(f"exported: {arguments.out}")
 
 
 def _scribble(arguments: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ def net() -> Net:
     torch.manual_seed(0)
     model = Net().double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(parameter, std=0.2)
     return model
 
 
