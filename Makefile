@@ -10,6 +10,7 @@
 #   make bench-compare   our own kernels against the committed times of this kind of processor; make bench-baseline writes
 #                  them, make bench-page renews docs/benchmarks.md from the committed results
 #   make peers     packages that are only benchmarked against (benchmarks/peers.txt), into .venv
+#   make docs      API pages from the docstrings, build/api/index.html
 #   make gpu       on a machine with a GPU, in its own Python and without a network: build, tests, compute-sanitizer and
 #                  benchmarks, results in benchmarks/results; OUT=DIR, PARTS="build bench", OPS="slic potts", MINUTES=9.5,
 #                  DRY_RUN=1 only prints the commands; docs/gpu.md
@@ -27,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton test-integrations bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton test-integrations docs bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -101,6 +102,10 @@ bench-page: build
 
 peers: build
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -r benchmarks/peers.txt
+
+docs: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pdoc
+	$(BIN)/python -W error -m tools.api_pages
 
 gpu:
 	$(MACHINE_PYTHON) -m tools.gpu $(if $(OUT),--out $(OUT)) $(if $(PARTS),--parts $(PARTS)) $(if $(OPS),--ops $(OPS)) \

@@ -18,8 +18,8 @@ if importlib.util.find_spec("hypothesis") is None:
 TRAINING = ("cv2", "lightning", "matplotlib", "omegaconf", "PIL", "torchmetrics", "tqdm")
 collect_ignore = []
 if lacking := [name for name in TRAINING if importlib.util.find_spec(name) is None]:
-    collect_ignore = ["cc4s", "test_docs.py"]
-    LEFT_OUT.append(f"tests/cc4s and tests/test_docs.py: {', '.join(lacking)} not installed")
+    collect_ignore = ["cc4s", "test_docs.py", "test_release.py"]
+    LEFT_OUT.append(f"tests/cc4s, tests/test_docs.py, tests/test_release.py: {', '.join(lacking)} not installed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

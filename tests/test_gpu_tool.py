@@ -368,7 +368,7 @@ def test_gpu_tests_are_collected_on_a_bare_machine(bare: dict[str, str]) -> None
     result = subprocess.run(command, cwd=gpu.ROOT, env=bare, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"LEFT OUT property tests are skipped: {without_hypothesis.REASON}" in result.stdout
-    assert "LEFT OUT tests/cc4s and tests/test_docs.py: cv2, lightning" in result.stdout
+    assert "LEFT OUT tests/cc4s, tests/test_docs.py, tests/test_release.py: cv2, lightning" in result.stdout
     for op in gpu.all_ops():
         assert f"tests/ops/test_{op}.py::" in result.stdout
 
