@@ -66,6 +66,8 @@ def random_walk(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+# The exchange is not traced by torch.compile: the graph is cut here.
+@torch.compiler.disable
 def random_walk(
     q: Tensor,
     k: Tensor,
@@ -122,6 +124,7 @@ def random_walk(
     return (y.to(dtype), lse) if return_lse else y.to(dtype)
 
 
+@torch.compiler.disable
 def transition_consistency(
     q: Tensor,
     k: Tensor,

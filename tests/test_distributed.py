@@ -208,6 +208,7 @@ def test_one_process_is_the_local_op(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
         got = ck.distributed.random_walk(q, k, v, mask=mask, return_lse=True)
+        compiled = torch.compile(lambda *x: ck.distributed.random_walk(*x) + 1, backend="eager")(q, k, v)
         half = [x.float() for x in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16):
             cast = ck.distributed.random_walk(*half)
@@ -222,6 +223,7 @@ def test_one_process_is_the_local_op(tmp_path: Path) -> None:
         dist.destroy_process_group()
     for name, a, b in zip(("y", "lse"), got, ck.random_walk(q, k, v, mask=mask, return_lse=True), strict=True):
         assert_matches(name, a, b, atol=1e-12)
+    assert_matches("compiled", compiled, ck.random_walk(q, k, v) + 1, atol=1e-12)
     assert cast.dtype == torch.bfloat16
     assert kept.kl.dtype == torch.float32
     # P = P' : the divergence is rounding alone, a few eps times the largest score.
