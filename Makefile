@@ -43,7 +43,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel ninja torch numpy
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py tools/nvcc.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.installed setup.py tools/host_part.py tools/nvcc.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[test]"
 	touch $@
 

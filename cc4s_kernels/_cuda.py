@@ -5,12 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cc4s_kernels import _library
+from cc4s_kernels import _jit, _library
 
 
 def missing() -> str | None:
     """Why no CUDA kernel can run on this machine, or None."""
-    return _library.CUDA_EXTENSION_ERROR if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _library.CUDA_EXTENSION_ERROR or (_run_time_missing() if _library.CUDA_RUN_TIME else None)
+
+
+@torch.compiler.assume_constant_result
+def _run_time_missing() -> str | None:
+    return _jit.missing()
+
+
+def build() -> str:
+    """How the CUDA kernels of this process come about."""
+    return _jit.TITLE if _library.CUDA_RUN_TIME else "built"
+
+
+@torch.compiler.assume_constant_result
+def lacks(op: str) -> str | None:
+    """Why the CUDA kernels of an op that has some are not in this process, or None."""
+    if not _library.CUDA_RUN_TIME or _jit.has(_library.extension_path("_JIT"), op):
+        return None
+    return f"{op} has no CUDA kernels that can be compiled at run time"
 
 
 @torch.compiler.assume_constant_result

@@ -1,4 +1,5 @@
-"""The torch operator namespace of the package and its compiled extensions: `_C` for CPUs, `_CU` for NVIDIA GPUs.
+"""The torch operator namespace of the package and its compiled extensions: `_C` for CPUs, `_CU` for NVIDIA GPUs, and
+`_JIT` for NVIDIA GPUs with kernels that are compiled at run time.
 
 Schemas, fakes and autograd are registered in Python (`ops/<op>/library.py`); an extension only adds
 implementations for a dispatch key. Loading never compiles and never fails: `EXTENSION_ERROR` and
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 
+from cc4s_kernels import _jit
+
 NAMESPACE = "cc4s_kernels"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def extension_path(name: str) -> Path | None:
-    """The file of the extension `_C` or `_CU`, or None where it is not built."""
+    """The file of the extension `_C`, `_CU` or `_JIT`, or None where it is not built."""
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
 
 
@@ -35,7 +38,17 @@ def _load_extension(name: str, title: str) -> str | None:
 def _load_cuda_extension() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    return _load_extension("_CU", "CUDA")
+    if (wrong := _jit.unknown_setting()) is not None:
+        return wrong
+    if not CUDA_RUN_TIME:
+        return _load_extension("_CU", "CUDA")
+    if (error := _load_extension("_JIT", "run-time CUDA")) is not None:
+        return error
+    try:
+        _jit.connect(extension_path("_JIT"), _jit.cuda_driver())
+    except OSError as lacking:
+        return f"the CUDA driver, for kernels {_jit.TITLE}, does not load: {lacking}"
+    return None
 
 
 # In csrc/common/value_range_cpu.cpp: see `_validation.value_range`.
@@ -47,6 +60,9 @@ def _value_range_fake(values: torch.Tensor, skip: int | None) -> torch.Tensor:
 
 
 torch.library.register_fake(f"{NAMESPACE}::value_range", _value_range_fake, lib=LIBRARY)
+
+CUDA_RUN_TIME = _jit.chosen(compiled=extension_path("_CU") is not None)
+"""Whether the CUDA kernels are compiled at run time."""
 
 EXTENSION_ERROR: str | None = _load_extension("_C", "C++")
 CUDA_EXTENSION_ERROR: str | None = _load_cuda_extension()

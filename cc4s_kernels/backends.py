@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cc4s_kernels import _cuda, _library, _triton
+from cc4s_kernels import _cuda, _jit, _library, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """All backend names, fastest first: the order of automatic choice."""
@@ -36,14 +36,16 @@ class Explanation(NamedTuple):
     """What `explain` found.
 
     op: name of the op. backend: the backend that would run, or None. reasons: why each other one would not.
+    remark: what else is to be said of the one that would run.
     """
 
     op: str
     backend: str | None
     reasons: dict[str, str]
+    remark: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend'} runs"]
+        lines = [f"{self.op}: {self.backend or 'no backend'} runs" + (f" ({self.remark})" if self.remark else "")]
         lines += [f"  {name:<10}{reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -94,6 +96,8 @@ def _refusal(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"{op} has no {backend} kernel in this version"
     if missing(backend) is not None:
         return missing(backend)
+    if backend == "cuda" and (lacking := _cuda.lacks(op)) is not None:
+        return lacking
     # Asked without tensors, only what holds for every call is known.
     return implementation.refuses(*args, **kwargs) if args or kwargs else None
 
@@ -106,7 +110,7 @@ def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         if _cuda.capability(tensors[0].device.index if tensors else None) in VERIFIED[op]:
             return None
-    return "built, not yet verified on this GPU (use_backend('cuda') runs it)"
+    return f"{_cuda.build()}, not yet verified on this GPU (use_backend('cuda') runs it)"
 
 
 def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -164,7 +168,8 @@ def _explain(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanat
             chosen = backend
             continue
         reasons[backend] = reason or f"could run; {chosen} comes first"
-    return Explanation(op, chosen, reasons)
+    remark = f"kernels {_jit.TITLE}" if chosen == "cuda" and _library.CUDA_RUN_TIME else ""
+    return Explanation(op, chosen, reasons, remark)
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:

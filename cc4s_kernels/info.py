@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import cc4s_kernels as ck
-from cc4s_kernels import _library, _triton, backends
+from cc4s_kernels import _jit, _library, _triton, backends
 
 Array = NDArray[Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,8 +74,11 @@ def devices() -> list[str]:
 
 def extensions() -> list[str]:
     """Where the C++ and the CUDA extension are, or why one is not there."""
-    errors = {"_C": _library.EXTENSION_ERROR, "_CU": _library.CUDA_EXTENSION_ERROR}
-    return [error or str(_library.extension_path(name)) for name, error in errors.items()]
+    cpu = _library.EXTENSION_ERROR or str(_library.extension_path("_C"))
+    if not _library.CUDA_RUN_TIME:
+        return [cpu, _library.CUDA_EXTENSION_ERROR or str(_library.extension_path("_CU"))]
+    lacking = _library.CUDA_EXTENSION_ERROR or _jit.missing()
+    return [cpu, lacking or f"{_library.extension_path('_JIT')}, kernels {_jit.TITLE}"]
 
 
 def availability(op: str) -> dict[str, str]:

@@ -2,13 +2,16 @@
 // call operator: this one, or the one of tests/cuda_on_cpu, which runs them on a CPU.
 #pragma once
 
+#include "common/strides_of.h"
+
+#ifndef __CUDACC__
+#include "common/jit_launch.h"
+#else
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
-
-#include "common/strides_of.h"
 
 // Kernels on the current stream of a tensor's device, which is the current device as long as this lives.
 class StreamLauncher {
@@ -30,3 +33,4 @@ class StreamLauncher {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
+#endif
