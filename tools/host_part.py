@@ -54,6 +54,15 @@ def host_part(text: str) -> str:
     return "".join([*out, text[done:]])
 
 
+def kernel_names() -> set[str]:
+    """The kernels of all ops with their namespaces, which are named as the op: `slic::merge`."""
+    found = set()
+    for path in (ROOT / "csrc").glob("*/*.cuh"):
+        text = re.sub(r"__launch_bounds__\([^)]*\)", "", host_part(path.read_text()))
+        found |= {f"{path.parent.name}::{name}" for name in re.findall(r"\b__global__[^({;]*?(\w+)\s*\(", text)}
+    return found
+
+
 def write(folder: Path) -> Path:
     """Writes the host part of every `.cuh` below `folder`, in the places of csrc; returns the folder."""
     for path in sorted((ROOT / "csrc").glob("*/*.cuh")):

@@ -8,6 +8,7 @@
 // loads and stores, alignment, speed.
 #pragma once
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,9 +18,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -235,6 +240,13 @@ inline void Block::enter() {
   block.fibers_[block.current_]->state = State::kDone;
 }
 
+// Told of each launch: the kernel's symbol, its grid and threads (six numbers), its arguments and their bytes.
+using Listener = void (*)(const char* symbol, const unsigned* shape, void** arguments, const size_t* bytes,
+                          size_t count);
+inline Listener listener = nullptr;
+// Kernels that were started once, by symbol; they take their arguments as cuLaunchKernel does.
+inline std::map<std::string, std::function<void(dim3, dim3, void**)>> started;
+
 // Starts kernels. seed 0: in ascending order; otherwise in an order drawn from it.
 class Launcher {
  public:
@@ -242,6 +254,33 @@ class Launcher {
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 threads, void (*kernel)(Parameters...), Arguments... arguments) {
+    std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+    if (listener != nullptr) tell(grid, threads, kernel, values);
+    run(grid, threads, [&] { std::apply(kernel, values); });
+  }
+
+ private:
+  template <class... Parameters>
+  static void tell(dim3 grid, dim3 threads, void (*kernel)(Parameters...), std::tuple<Parameters...>& values) {
+    Dl_info info{};
+    if (dladdr(reinterpret_cast<const void*>(kernel), &info) == 0) fail("a kernel without a symbol");
+    const unsigned shape[] = {grid.x, grid.y, grid.z, threads.x, threads.y, threads.z};
+    const size_t bytes[] = {sizeof(Parameters)...};
+    void* pointers[sizeof...(Parameters)];
+    void** pointer = pointers;
+    std::apply([&](auto&... value) { ((__builtin_clear_padding(&value), *pointer++ = &value), ...); }, values);
+    listener(info.dli_sname, shape, pointers, bytes, sizeof...(Parameters));
+    started[info.dli_sname] = [kernel](dim3 grid, dim3 threads, void** arguments) {
+      std::tuple<Parameters*...> values;
+      const auto start = [&](auto*&... value) {
+        ((value = static_cast<std::remove_reference_t<decltype(value)>>(*arguments++)), ...);
+        Launcher()(grid, threads, kernel, *value...);
+      };
+      std::apply(start, values);
+    };
+  }
+
+  void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("an empty grid");
     if (threads.x * threads.y * threads.z > 1024 || threads.x * threads.y * threads.z == 0) fail("a block of this size");
     if (grid.y > 65535 || grid.z > 65535) fail("a grid of this size");
@@ -250,7 +289,6 @@ class Launcher {
     std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
     std::iota(blocks.begin(), blocks.end(), uint64_t{0});
     if (seed_ != 0) std::shuffle(blocks.begin(), blocks.end(), random_);
-    const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
     for (const uint64_t i : blocks) {
       blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                   static_cast<unsigned>(i / grid.x / grid.y)};
@@ -258,10 +296,18 @@ class Launcher {
     }
   }
 
- private:
   unsigned seed_;
   std::mt19937 random_;
 };
+
+// For the test of kernels that are compiled at run time.
+extern "C" __attribute__((used)) inline void listen(Listener listener) { cuda_on_cpu::listener = listener; }
+extern "C" __attribute__((used)) inline int launch(const char* symbol, const unsigned* shape, void** arguments) {
+  const auto found = started.find(symbol);
+  if (found == started.end()) return 1;
+  found->second({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, arguments);
+  return 0;
+}
 
 template <class T>
 uint64_t bits(T value) {
