@@ -39,7 +39,7 @@ struct alignas(16) int4 {
 // Exported are the kernels, for their symbols, and no more.
 #define CC4S_HIDDEN __attribute__((visibility("hidden")))
 
-// Set once, before the first call of an op.
+// Set before the first call of an op.
 struct JitDriver {
   // A function of the CUDA driver for the kernel with this symbol; null, and `message`, where there is none.
   void* (*find)(const char* symbol, const char* name, int device, char* message, int message_bytes);
@@ -73,6 +73,11 @@ class CC4S_HIDDEN JitFunctions {
     const std::lock_guard<std::mutex> lock(mutex_);
     functions_[{kernel, device}] = function;
     return function;
+  }
+  // They belong to a driver.
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    functions_.clear();
   }
 
  private:

@@ -4,4 +4,7 @@
 JitDriver jit_driver{};
 JitFunctions jit_functions;
 
-extern "C" void cc4s_kernels_set_driver(const JitDriver* driver) { jit_driver = *driver; }
+extern "C" void cc4s_kernels_set_driver(const JitDriver* driver) {
+  jit_driver = *driver;
+  jit_functions.forget();
+}

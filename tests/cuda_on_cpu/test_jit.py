@@ -91,7 +91,7 @@ class Machine:
         self.driver = _jit.Driver(find, *pointers)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def machine() -> Machine:
     path = _library.extension_path("_JIT")
     assert path is not None
@@ -204,19 +204,15 @@ def test_each_kernel_is_asked_for_once(machine: Machine) -> None:
 
 
 def test_errors(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the driver, of the compiler, and the checks that the compiled extension makes too."""
-    ids = torch.zeros(1, 3, 3, dtype=torch.int32)
+    """Those of the driver and of the compiler, and the checks that the compiled extension makes too."""
+    ids = torch.zeros(1, 3, 3, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match="superpixels: expected int16, int32 or int64"):
+        on_jit("superpixel_boundaries", ids.float())
     monkeypatch.setattr(machine, "error", 719)
     with pytest.raises(RuntimeError, match="a CUDA kernel did not start: error 719 of the driver"):
         on_jit("superpixel_boundaries", ids)
-    with pytest.raises(RuntimeError, match="superpixels: expected int16, int32 or int64"):
-        on_jit("superpixel_boundaries", ids.float())
-    monkeypatch.setattr(machine, "refuses", "widen cannot be compiled: no")
-    image = torch.zeros(1, 3, 3, 3, dtype=torch.uint8)
-    # A function that this process has not asked for yet.
-    with pytest.raises(RuntimeError, match="cannot be compiled: no"):
-        on_jit("color_histograms", image, ids.long()[:, :, :], 1) if "widen" not in str(machine.names) else fail()
 
-
-def fail() -> None:
-    raise RuntimeError("cannot be compiled: no")
+def test_what_does_not_compile_is_said(machine: Machine) -> None:
+    machine.refuses = "slic::prepare cannot be compiled: no NVRTC"
+    with pytest.raises(RuntimeError, match=r"slic::prepare cannot be compiled: no NVRTC"):
+        on_jit("slic", textured(1, 8, 8, 1, 9), None, 4, 2560, 1)
