@@ -61,7 +61,7 @@ def _value_range_fake(values: torch.Tensor, skip: int | None) -> torch.Tensor:
 
 torch.library.register_fake(f"{NAMESPACE}::value_range", _value_range_fake, lib=LIBRARY)
 
-CUDA_RUN_TIME = _jit.chosen(compiled=extension_path("_CU") is not None)
+CUDA_RUN_TIME = torch.version.cuda is not None and _jit.chosen(compiled=extension_path("_CU") is not None)
 """Whether the CUDA kernels are compiled at run time."""
 
 EXTENSION_ERROR: str | None = _load_extension("_C", "C++")
