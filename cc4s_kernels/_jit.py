@@ -31,7 +31,13 @@ FIND = ctypes.CFUNCTYPE(
 class Driver(ctypes.Structure):
     """`JitDriver` of csrc/common/jit_launch.h."""
 
-    _fields_ = (("find", FIND), ("current_stream", ctypes.c_void_p), ("launch", ctypes.c_void_p))
+    _fields_ = (
+        ("find", FIND),
+        ("current_stream", ctypes.c_void_p),
+        ("launch", ctypes.c_void_p),
+        ("set_attribute", ctypes.c_void_p),
+        ("device_attribute", ctypes.c_void_p),
+    )
 
 
 def setting() -> str:
@@ -162,5 +168,10 @@ def cuda_driver() -> Driver:
     # Both are loaded already where torch has a device.
     torch_cuda = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cuda.so"))
     cuda = ctypes.CDLL("libcuda.so.1")
-    stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
-    return Driver(_find, stream, ctypes.cast(cuda.cuLaunchKernel, ctypes.c_void_p))
+    functions = (
+        torch_cuda.aoti_torch_get_current_cuda_stream,
+        cuda.cuLaunchKernel,
+        cuda.cuFuncSetAttribute,
+        cuda.cuDeviceGetAttribute,
+    )
+    return Driver(_find, *(ctypes.cast(function, ctypes.c_void_p) for function in functions))

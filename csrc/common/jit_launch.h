@@ -48,6 +48,10 @@ struct JitDriver {
   // cuLaunchKernel
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** arguments, void** extra);
+  // cuFuncSetAttribute
+  int (*set_attribute)(void* function, int attribute, int value);
+  // cuDeviceGetAttribute
+  int (*device_attribute)(int* value, int attribute, int device);
 };
 extern CC4S_HIDDEN JitDriver jit_driver;
 
@@ -98,17 +102,48 @@ class CC4S_HIDDEN StreamLauncher {
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 threads, void (*kernel)(Parameters...), Arguments... arguments) const {
-    std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-    const auto start = [&](auto&... value) {
-      std::array<void*, sizeof...(value)> pointers{const_cast<void*>(static_cast<const void*>(&value))...};
-      return jit_driver.launch(jit_functions(reinterpret_cast<const void*>(kernel), device_), grid.x, grid.y, grid.z,
-                               threads.x, threads.y, threads.z, 0, stream_, pointers.data(), nullptr);
-    };
-    const int error = std::apply(start, values);
-    STD_TORCH_CHECK(error == 0, "a CUDA kernel did not start: error ", error, " of the driver");
+    start<Parameters...>(function_of(kernel), grid, threads, 0, arguments...);
+  }
+
+  // With dynamic shared memory, in bytes.
+  template <class... Parameters, class... Arguments>
+  void with_shared(dim3 grid, dim3 threads, int bytes, void (*kernel)(Parameters...), Arguments... arguments) const {
+    constexpr int kMaxDynamicSharedBytes = 8;
+    void* const function = function_of(kernel);
+    check(jit_driver.set_attribute(function, kMaxDynamicSharedBytes, bytes));
+    start<Parameters...>(function, grid, threads, static_cast<unsigned>(bytes), arguments...);
+  }
+
+  // Bytes of shared memory that a block may have.
+  int most_shared() const {
+    constexpr int kMaxSharedBytesPerBlockOptIn = 97;
+    int value = 0;
+    check(jit_driver.device_attribute(&value, kMaxSharedBytesPerBlockOptIn, device_));
+    return value;
   }
 
  private:
+  static void check(int error) {
+    STD_TORCH_CHECK(error == 0, "a CUDA kernel did not start: error ", error, " of the driver");
+  }
+
+  template <class... Parameters>
+  void* function_of(void (*kernel)(Parameters...)) const {
+    return jit_functions(reinterpret_cast<const void*>(kernel), device_);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void start(void* function, dim3 grid, dim3 threads, unsigned bytes, Arguments... arguments) const {
+    std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+    const auto pointers = std::apply(
+        [](auto&... value) {
+          return std::array<void*, sizeof...(value)>{const_cast<void*>(static_cast<const void*>(&value))...};
+        },
+        values);
+    check(jit_driver.launch(function, grid.x, grid.y, grid.z, threads.x, threads.y, threads.z, bytes, stream_,
+                            const_cast<void**>(pointers.data()), nullptr));
+  }
+
   int device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;

@@ -28,6 +28,10 @@ pytestmark = pytest.mark.skipif(_library.CUDA_EXTENSION_ERROR is None, reason="t
 STREAM = 77
 """What the driver of these tests says is the current stream."""
 
+# Of CUfunction_attribute and CUdevice_attribute in cuda.h.
+MAX_DYNAMIC_SHARED_BYTES, MAX_SHARED_BYTES_PER_BLOCK_OPTIN = 8, 97
+MOST_SHARED = 163 * 1024
+
 _LISTENER = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,
@@ -37,6 +41,8 @@ _LISTENER = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
 )
 _CURRENT_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+_SET_ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+_DEVICE_ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int)
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_void_p,
@@ -81,14 +87,27 @@ class Machine:
             symbol = self.symbols[function - 1]
             if self.error:
                 return self.error
-            assert (shared, stream, extra) == (0, STREAM, None)
+            assert (shared, stream, extra) == (self.shared.get(function, 0), STREAM, None)
             op, _ = _jit.request(self.names[symbol])
             return library(op).launch(symbol.encode(), (ctypes.c_uint * 6)(*shape), arguments)
 
+        @_SET_ATTRIBUTE
+        def set_attribute(function: int, attribute: int, value: int) -> int:
+            assert attribute == MAX_DYNAMIC_SHARED_BYTES
+            self.shared[function] = value
+            return 0
+
+        @_DEVICE_ATTRIBUTE
+        def device_attribute(value: Any, attribute: int, device: int) -> int:
+            assert attribute == MAX_SHARED_BYTES_PER_BLOCK_OPTIN
+            value[0] = MOST_SHARED
+            return 0
+
         self.names: dict[str, str] = {}
-        self.kept = (find, current_stream, launch)
-        pointers = [ctypes.cast(function, ctypes.c_void_p) for function in (current_stream, launch)]
-        self.driver = _jit.Driver(find, *pointers)
+        self.shared: dict[int, int] = {}
+        functions = (current_stream, launch, set_attribute, device_attribute)
+        self.driver = _jit.Driver(find, *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+        self.kept = (find, *functions)
 
 
 @pytest.fixture
