@@ -4,8 +4,9 @@
 #   make test-integrations   tests of torchvision, segmentation_models_pytorch, transformers, mmsegmentation and ONNX in
 #                        .venv-integrations, an environment of their own
 #   make compile-check   compiles the Triton and CUDA kernels for sm_80, sm_90, sm_100, without a GPU: registers, spills,
-#                        shared memory; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
-#                        REQUIRE_NVCC=1 fails where there is no nvcc instead of leaving out the CUDA kernels
+#                        shared memory, occupancy; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
+#                        REQUIRE_NVCC=1 fails where there is no nvcc or NVRTC instead of leaving out the CUDA kernels
+#   make wheel-check     builds sdist and wheel, and passes the self-test with the wheel where there is no compiler
 #   make bench     every op against its baselines; OPS="slic potts" takes some, JSON=FILE also writes rows, tables, plot
 #   make bench-compare   our own kernels against the committed times of this kind of processor; make bench-baseline writes
 #                  them, make bench-page renews docs/benchmarks.md from the committed results
@@ -28,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton test-integrations docs bench bench-baseline bench-compare bench-page peers gpu compile-check lint selftest format clean
+.PHONY: help install build demo test test-triton test-integrations docs bench bench-baseline bench-compare bench-page peers gpu compile-check wheel-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,10 @@ test-integrations: build $(INTEGRATIONS)/.installed
 compile-check: build
 	$(BIN)/python -m tools.compile_check $(if $(FULL),--full) $(if $(JSON),--json $(JSON)) \
 		$(if $(REQUIRE_NVCC),--require-nvcc)
+
+# Some minutes: everything is built once more.
+wheel-check: build
+	$(BIN)/python -m tools.wheel_check
 
 bench: build
 	$(BIN)/python -m benchmarks.run $(foreach op,$(OPS),--op $(op)) $(if $(JSON),--json $(JSON))

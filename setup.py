@@ -1,6 +1,6 @@
-"""Builds the extensions of `cc4s_kernels` against the LibTorch stable ABI: `_C.so` for CPUs, `_JIT.so` with the host part
-of CUDA kernels that are compiled at run time, and, where torch has CUDA and nvcc is found, `_CU.so` for NVIDIA GPUs.
-The sources of device code are packed into the wheel.
+"""Builds the extensions of `cc4s_kernels` against the LibTorch stable ABI: `_C.so` for CPUs, `_JIT.so` with the host
+part of CUDA kernels that are compiled at run time, and, where torch has CUDA and nvcc is found, `_CU.so` for NVIDIA
+GPUs. The sources of device code are packed into the wheel.
 
 One `.so` serves every Python (abi3: it has no Python symbols at all) and every torch >= 2.11.
 Needs torch, ninja and g++ in the installing environment: `pip install --no-build-isolation -e .`

@@ -59,7 +59,7 @@ def unknown_setting() -> str | None:
 def missing() -> str | None:
     """Why nothing can be compiled at run time, or None."""
     if importlib.util.find_spec("cupy") is None:
-        return f"CuPy, which compiles kernels at run time, is not installed (pip install cupy-cuda13x); {VARIABLE}=1 is set"
+        return "CuPy, which compiles kernels at run time, is not installed (pip install cupy-cuda13x)"
     try:
         from cupy.cuda import nvrtc
 

@@ -86,10 +86,11 @@ ptxas info    : Used 30 registers, used 0 barriers, 552 bytes cmem[0]
 
 
 def test_what_ptxas_says() -> None:
-    add, spilled, fine = cuda_check.kernels_of("potts", PTXAS)
+    add, spilled, fine = cuda_check.kernels_of("potts", PTXAS, {"_Z4markIxEvPT_": 256})
     assert add == cuda_check.Kernel("sm_80", "potts", "add", 12, 8, 0, 400)
     assert spilled == cuda_check.Kernel("sm_90a", "potts", "mark<short>", 255, 0, 16, 0)
-    assert fine == cuda_check.Kernel("sm_100", "potts", "mark<long long>", 30, 0, 0, 0)
+    assert fine == cuda_check.Kernel("sm_100", "potts", "mark<long long>", 30, 0, 0, 0, 256)
+    assert [kernel.occupancy for kernel in (add, spilled, fine)] == [None, None, 1.0]
     assert [kernel.passed for kernel in (add, spilled, fine)] == [False, False, True]
 
 

@@ -1,4 +1,4 @@
-"""Kernels compiled at run time: when, from what, and what is said where they cannot be. NVRTC itself compiles one op."""
+"""Kernels compiled at run time: when, from what, and what is said where they cannot be. NVRTC compiles one op."""
 
 from __future__ import annotations
 
@@ -160,27 +160,23 @@ def test_the_source_changes_with_what_it_includes(monkeypatch: pytest.MonkeyPatc
     assert all(text.endswith('\n#include "f/f.cuh"\n') for text in texts)
 
 
-class FakeModule:
-    made: list[dict[str, Any]] = []
-
-    def __init__(self, **arguments: Any) -> None:
-        self.made.append(arguments)
-
-    def get_function(self, name: str) -> Any:
-        return types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=hash(name) % 2**31 + 1))
-
-
 def test_cupy_compiles_each_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for the plain kernels of an op, and one for each instance of a template."""
-    monkeypatch.setattr(FakeModule, "made", [])
+    made: list[dict[str, Any]] = []
     devices: list[int] = []
+
+    def module(**arguments: Any) -> Any:
+        made.append(arguments)
+        return types.SimpleNamespace(
+            get_function=lambda name: types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=hash(name) % 2**31 + 1))
+        )
 
     def device(index: int) -> Any:
         devices.append(index)
         return nullcontext()
 
     cupy = types.ModuleType("cupy")
-    cupy.RawModule = FakeModule  # type: ignore[attr-defined]
+    cupy.RawModule = module  # type: ignore[attr-defined]
     cupy.cuda = types.SimpleNamespace(Device=device)  # type: ignore[attr-defined]
     monkeypatch.setattr(_jit, "missing", lambda: None)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -192,8 +188,8 @@ def test_cupy_compiles_each_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["_ZN4slic5mergeE", "_ZN4slic6numberE", "superpixel_boundaries::mark<int>"]
     assert found == [hash(name) % 2**31 + 1 for name in names]
     assert devices == [0, 1, 0]
-    assert [made["name_expressions"] for made in FakeModule.made] == [None, ("superpixel_boundaries::mark<int>",)]
-    assert all(made["options"] == ("-std=c++17", f"-I{_jit.sources()}") for made in FakeModule.made)
+    assert [one["name_expressions"] for one in made] == [None, ("superpixel_boundaries::mark<int>",)]
+    assert all(one["options"] == ("-std=c++17", f"-I{_jit.sources()}") for one in made)
 
 
 def test_a_compiler_error_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

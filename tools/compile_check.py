@@ -1,14 +1,15 @@
 """Compiles the Triton and CUDA kernels ahead of time, without a GPU, and says what each needs on its chip.
 
     python -m tools.compile_check [--full] [--json FILE] [--targets sm_90 ...] [--ops random_walk ...]
-                                  [--backends triton cuda] [--require-nvcc]
+                                  [--backends triton cuda nvrtc] [--require-nvcc]
 
-Per kernel: registers per thread, bytes spilled, shared memory. The exit code is 1 if a kernel spills, needs more
-shared memory than its chip has, or does not compile. By default each Triton op is compiled at the published size in
-bfloat16; `--full` takes every dtype and every size class of cc4s_kernels/_triton/configs.py.
+Per kernel: registers per thread, bytes spilled, shared memory, occupancy (tools/occupancy.py). The exit code is 1 if a
+kernel spills, needs more shared memory than its chip has, or does not compile. By default each Triton op is compiled at
+the published size in bfloat16; `--full` takes every dtype and every size class of cc4s_kernels/_triton/configs.py.
 
 What is compiled is what the ops launch: each op runs on meta tensors with a recorder in the place of the GPU. CUDA
-sources (tools/cuda_check.py) are left out where there is no nvcc, unless it is required.
+sources (tools/cuda_check.py), and the same as CuPy compiles them at run time (tools/nvrtc_check.py), are left out where
+there is no nvcc or no NVRTC, unless they are required.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tools import cuda_check, nvcc
+from tools import cuda_check, nvcc, nvrtc_check, occupancy
 
 PAIRWISE = ("random_walk", "transition_consistency", "transition_matrix")
 OPS = (*PAIRWISE, "potts", "upsample_losses")
@@ -44,6 +45,7 @@ KIBI = 1024
 # Largest dynamic shared memory of a block, CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED_LIMIT = {"sm_80": 163 * KIBI, "sm_86": 99 * KIBI, "sm_90": 227 * KIBI, "sm_100": 227 * KIBI}
+BACKENDS = ("triton", "cuda", "nvrtc")
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
@@ -74,6 +76,15 @@ class Found(NamedTuple):
     tensor_memory_columns: int
     seconds: float
     error: str
+
+    @property
+    def occupancy(self) -> float:
+        """Of a multiprocessor."""
+        return occupancy.occupancy(self.target, 32 * self.warps, self.registers, self.shared_bytes)
+
+    def row(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {**self._asdict(), "occupancy": self.occupancy, "passed": self.passed}
 
     @property
     def passed(self) -> bool:
@@ -308,7 +319,9 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
 def check_triton(options: argparse.Namespace) -> list[Found]:
     """Compiles what `options` asks for, and prints it."""
     jobs = [job for target in options.targets for job in collect(target, options.ops, options.full)]
-    print(f"{'chip':<8}{'kernel':<26}{'warps':>5}{'stages':>7}{'regs':>6}{'spills':>8}{'shared KiB':>12}  case")
+    print(
+        f"{'chip':<8}{'kernel':<26}{'warps':>5}{'stages':>7}{'regs':>6}{'spills':>8}{'shared KiB':>12}{'occ.':>6}  case"
+    )
     rows = []
     # Triton's compiler is not safe to fork.
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
@@ -316,11 +329,21 @@ def check_triton(options: argparse.Namespace) -> list[Found]:
             shared = f"{row.shared_bytes / KIBI:.0f}/{row.shared_limit // KIBI}"
             print(
                 f"{row.target:<8}{row.kernel:<26}{row.warps:>5}{row.stages:>7}{row.registers:>6}{row.spill_bytes:>8}"
-                f"{shared:>12}  {row.case}{'' if row.passed else '  FAILED ' + row.error}",
+                f"{shared:>12}{row.occupancy:>6.0%}  {row.case}{'' if row.passed else '  FAILED ' + row.error}",
                 flush=True,
             )
             rows.append(row)
     return rows
+
+
+def print_kernels(rows: Sequence[cuda_check.Kernel]) -> None:
+    print(f"{'chip':<8}{'op':<24}{'regs':>6}{'stack':>8}{'spills':>8}{'shared B':>10}{'threads':>8}{'occ.':>6}  kernel")
+    for row in rows:
+        share = "-" if row.occupancy is None else f"{row.occupancy:.0%}"
+        print(
+            f"{row.target:<8}{row.op:<24}{row.registers:>6}{row.stack_bytes:>8}{row.spill_bytes:>8}"
+            f"{row.shared_bytes:>10}{row.threads or '-':>8}{share:>6}  {row.kernel}{'' if row.passed else '  FAILED'}"
+        )
 
 
 def check_cuda(options: argparse.Namespace) -> list[cuda_check.Kernel]:
@@ -330,12 +353,18 @@ def check_cuda(options: argparse.Namespace) -> list[cuda_check.Kernel]:
         print("CUDA kernels left out: nvcc is not found in CUDA_HOME, PATH or /usr/local/cuda")
         return []
     rows = cuda_check.check(compiler, options.targets, options.processes)
-    print(f"{'chip':<8}{'op':<24}{'regs':>6}{'stack':>8}{'spills':>8}{'shared B':>10}  kernel")
-    for row in rows:
-        print(
-            f"{row.target:<8}{row.op:<24}{row.registers:>6}{row.stack_bytes:>8}{row.spill_bytes:>8}"
-            f"{row.shared_bytes:>10}  {row.kernel}{'' if row.passed else '  FAILED'}"
-        )
+    print_kernels(rows)
+    return rows
+
+
+def check_nvrtc(options: argparse.Namespace) -> list[cuda_check.Kernel]:
+    """Compiles the same kernels with NVRTC where it is, and prints them."""
+    if (lacking := nvrtc_check.lacking()) is not None:
+        print(f"Kernels compiled at run time left out: {lacking}")
+        return []
+    rows = nvrtc_check.check(options.targets, options.processes)
+    print("Compiled by NVRTC, with the options of CuPy:")
+    print_kernels(rows)
     return rows
 
 
@@ -345,24 +374,27 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the table there")
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=SHARED_LIMIT, metavar="SM")
     parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, metavar="OP", help="which Triton ops")
-    parser.add_argument("--backends", nargs="+", default=("triton", "cuda"), choices=("triton", "cuda"))
-    parser.add_argument("--require-nvcc", action="store_true", help="fail where there is no nvcc")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--require-nvcc", action="store_true", help="fail where there is no nvcc or no NVRTC")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
     if options.require_nvcc and nvcc.find() is None:
         parser.error("--require-nvcc: nvcc is not found in CUDA_HOME, PATH or /usr/local/cuda")
+    if options.require_nvcc and (lacking := nvrtc_check.lacking()) is not None:
+        parser.error(f"--require-nvcc: {lacking}")
 
     triton_rows = check_triton(options) if "triton" in options.backends else []
     cuda_rows = check_cuda(options) if "cuda" in options.backends else []
-    rows = [*triton_rows, *cuda_rows]
+    nvrtc_rows = check_nvrtc(options) if "nvrtc" in options.backends else []
+    rows = [*triton_rows, *cuda_rows, *nvrtc_rows]
     if options.json is not None:
         import triton
 
         tables = {
-            name: [{**row._asdict(), "passed": row.passed} for row in table]
-            for name, table in (("kernels", triton_rows), ("cuda_kernels", cuda_rows))
+            name: [row.row() for row in table]
+            for name, table in (("kernels", triton_rows), ("cuda_kernels", cuda_rows), ("nvrtc_kernels", nvrtc_rows))
         }
         options.json.write_text(json.dumps({"triton": triton.__version__, **tables}, indent=1) + "\n")
     failed = sum(not row.passed for row in rows)

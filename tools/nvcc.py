@@ -22,6 +22,9 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 ARCHITECTURES = "8.0+PTX 9.0a 10.0"
 """As in TORCH_CUDA_ARCH_LIST. Chips between and after these run the code of 8.0, or its PTX."""
 
+MOST_BYTES = 10 * 2**20
+"""Of a built library."""
+
 
 def find(environment: Mapping[str, str] = os.environ) -> Path | None:
     """nvcc of CUDA_HOME, else of PATH, else of /usr/local/cuda."""
@@ -86,9 +89,9 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 def compile_objects(
-    nvcc: Path, files: Iterable[Path], folder: Path, architectures: str, processes: int
+    nvcc: Path, files: Iterable[Path], folder: Path, architectures: str, processes: int, keep: bool = False
 ) -> dict[Path, tuple[Path, str]]:
-    """Compiles each file into `folder`.
+    """Compiles each file into `folder`; with `keep` a folder named as the file has the CUBIN of each architecture.
 
     Returns:
         For each file its object and what nvcc and ptxas said of its kernels.
@@ -114,8 +117,10 @@ def compile_objects(
     ]
 
     def compile_one(file: Path) -> tuple[Path, str]:
-        out = folder / f"{file.stem}.o"
-        return out, _run([*command, "-c", file, "-o", out])
+        out, kept = folder / f"{file.stem}.o", folder / file.stem
+        if keep:
+            kept.mkdir()
+        return out, _run([*command, *(["-keep", f"-keep-dir={kept}"] if keep else []), "-c", file, "-o", out])
 
     files = list(files)
     with ThreadPoolExecutor(processes) as pool:

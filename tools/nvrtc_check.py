@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from cc4s_kernels import _jit, _library
 from tools.cuda_check import Kernel, kernels_of
 from tools.host_part import kernel_names
+from tools.occupancy import threads_of
 
 # What CuPy adds.
 OPTIONS = ("--device-as-default-execution-space", "-ftz=true")
@@ -85,7 +86,7 @@ def check(targets: Sequence[str], processes: int, ops: Sequence[str] | None = No
         absent = [symbol for symbol in expected if symbol.encode() + b"\0" not in binary]
         if absent:
             raise RuntimeError(f"{op} for {target}: not among the compiled kernels: {', '.join(absent)}")
-        return kernels_of(op, said)
+        return kernels_of(op, said, threads_of(binary))
 
     with ThreadPoolExecutor(processes) as pool:
         rows = [row for found in pool.map(run, jobs) for row in found]

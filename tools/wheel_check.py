@@ -18,10 +18,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tools.nvcc import ROOT
-
-MOST_BYTES = 10 * 2**20
-"""Of each library."""
+from tools.nvcc import MOST_BYTES, ROOT
 
 
 def faults(wheel: Path) -> list[str]:

@@ -157,7 +157,11 @@ def assert_same_launches(op: str, compiled: Callable[[], Any], run_time: Callabl
     assert [[len(argument) for argument in launch.arguments] for launch in found] == [
         [len(argument) for argument in launch.arguments] for launch in expected
     ]
-    pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(words(ours), words(theirs))]
+    pairs = [
+        pair
+        for ours, theirs in zip(found, expected, strict=True)
+        for pair in zip(words(ours), words(theirs), strict=True)
+    ]
     # Addresses of outputs and scratch are as far apart as the blocks that they are in; all else is the same.
     assert len({ours - theirs for ours, theirs in pairs if ours != theirs}) <= allocations
     assert all(min(pair) > 2**32 for pair in pairs if pair[0] != pair[1])
@@ -230,6 +234,7 @@ def test_errors(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "error", 719)
     with pytest.raises(RuntimeError, match="a CUDA kernel did not start: error 719 of the driver"):
         on_jit("superpixel_boundaries", ids)
+
 
 def test_what_does_not_compile_is_said(machine: Machine) -> None:
     machine.refuses = "slic::prepare cannot be compiled: no NVRTC"
