@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import cc4s_kernels as ck
-from cc4s_kernels import backends
+from cc4s_kernels import _cuda, _triton, backends
 
 
 def reference(x, *, bias=0.0):
@@ -263,3 +264,23 @@ def test_not_strict_runs_the_reference_where_the_backend_has_no_kernel() -> None
         torch.testing.assert_close(ck.potts(prob, grid), expected)
         assert ck.explain("potts", prob, grid).backend == "reference"
     assert ck.explain("potts", prob, grid).backend in ("cpu", "reference")
+
+
+@pytest.mark.parametrize("op", ["slic", "random_walk"])
+def test_an_old_gpu_is_named(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs there is named, by `explain` and by the error where a backend is forced."""
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16, shape=(1, 8, 8))
+    monkeypatch.setattr(_cuda, "capability", lambda index: (7, 5))
+    monkeypatch.setattr(_triton, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    ending = "is on a GPU of compute capability 7.5, {} kernels need 8.0; the reference runs there"
+    assert _cuda.refuses(on_gpu, "image") == "image " + ending.format("CUDA")
+    assert _triton.refuses(on_gpu, "q") == "q " + ending.format("Triton")
+    for backend, name in (("cuda", "CUDA"), ("triton", "Triton")):
+        if backend not in backends._implementations[op]:
+            continue
+        monkeypatch.setattr(backends, "missing", lambda backend: None)
+        monkeypatch.setattr(_cuda, "lacks", lambda op: None)
+        message = rf"use_backend\('{backend}'\): {op} .* 7\.5, {name} kernels need 8\.0; the reference runs there"
+        with ck.use_backend(backend), pytest.raises(RuntimeError, match=message):
+            backends.select(op, on_gpu, on_gpu, on_gpu)

@@ -25,6 +25,7 @@ the cosine and the bias at once. Tests marked `gpu` are the same tests on a CUDA
 from __future__ import annotations
 
 import contextlib
+import mmap
 import zlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -46,6 +47,9 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 UNTESTED = (torch.bfloat16,) if _triton.INTERPRETED else ()
 """Triton's interpreter is silently wrong in bfloat16."""
 
+
+GPU_TESTS = ("test_stream", "test_second_device", "test_cuda_graph")
+"""Of kernels on a GPU; not of the reference, which may wait for the GPU."""
 
 VALUE_TESTS = ("test_value", "test_gradcheck", "test_double_backward_of_reference", "test_precision", "test_exact")
 
@@ -171,6 +175,39 @@ def channels_last_copy(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+# Of Linux; Python 3.13 has it as mmap.MAP_NORESERVE.
+MAP_NORESERVE = 0x4000
+
+
+def far_copies(value: Any, device: str, stride: int) -> Any:
+    """`value` with tensors whose batch entries are `stride` elements apart, all in one block of memory, on a CPU of
+    addresses alone."""
+    batched = [t for t in tensors(value) if t.dim() > 1 and t.shape[0] > 1]
+    spans = [stride * (t.shape[0] - 1) * t.element_size() for t in batched]
+    needed = max(spans, default=0) + sum(t[0].nbytes + 512 for t in batched)
+    if device == "cuda":
+        if needed > torch.cuda.mem_get_info()[0]:
+            pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory")
+        block = torch.empty(needed, dtype=torch.uint8, device=device)
+    else:
+        # Without a reservation only what is written takes memory.
+        pages = mmap.mmap(-1, max(needed, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        block = torch.frombuffer(pages, dtype=torch.uint8)
+    offset = 0
+
+    def copy(t: Tensor) -> Tensor:
+        nonlocal offset
+        if t.dim() < 2 or t.shape[0] < 2:
+            return t
+        inner = torch.empty(t.shape[1:], device="meta").stride()
+        here = block[offset:]
+        whole = here[: here.numel() // t.element_size() * t.element_size()].view(t.dtype)
+        offset += -(-t[0].nbytes // 512) * 512
+        return whole.as_strided(t.shape, (stride, *inner)).copy_(t)
+
+    return map_tensors(copy, value)
+
+
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
     """`torch.empty` returns NaN (largest value for integers) in the block."""
@@ -230,6 +267,12 @@ def backend_params(op_name: str) -> list[Any]:
         for backend in backends.available(op_name)
         for device in devices_of(backend)
     ]
+
+
+def gpu_params(op_name: str) -> list[Any]:
+    """("backend", "device") of the kernels of an op on a GPU; without a GPU one that is skipped."""
+    found = [param for param in backend_params(op_name) if param.values[1] == "cuda" and param.values[0] != "reference"]
+    return found or [pytest.param("cuda", "cuda", marks=_DEVICE_MARKS["cuda"])]
 
 
 class _OpCalls(TorchDispatchMode):
@@ -396,7 +439,8 @@ class OpTester:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
         if "backend" in names:
-            metafunc.parametrize(("backend", "device"), backend_params(self.op_name))
+            on_gpu = metafunc.definition.originalname in GPU_TESTS
+            metafunc.parametrize(("backend", "device"), (gpu_params if on_gpu else backend_params)(self.op_name))
         elif "device" in names:
             metafunc.parametrize(
                 "device", [pytest.param(device, marks=marks) for device, marks in _DEVICE_MARKS.items()]
@@ -406,8 +450,10 @@ class OpTester:
             sizes = (min(self.sizes), max(self.sizes)) if _triton.INTERPRETED else self.sizes
             metafunc.parametrize("size", sizes)
         if "variant" in names:
-            values = metafunc.definition.originalname in VALUE_TESTS
-            metafunc.parametrize("variant", list(self.variants) if values else self.representatives or self.variants)
+            name = metafunc.definition.originalname
+            variants = list(self.variants if name in VALUE_TESTS else self.representatives or self.variants)
+            # Addresses are the same for all of them.
+            metafunc.parametrize("variant", variants[:1] if name == "test_far_apart" else variants)
         if "dtype" in names:
             metafunc.parametrize("dtype", [d for d in self.dtypes if d not in UNTESTED] or (torch.float32,), ids=str)
 
@@ -530,6 +576,74 @@ class OpTester:
             got = self.run(*map_tensors(layout, (args, kwargs)))
         # A matrix product may sum in another order for another layout.
         self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+
+    def test_far_apart(self, backend: str, variant: str, device: str) -> None:
+        """Strides are int32, and what is computed with them is not: the last of four entries is at 3 * 2^30."""
+        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        batch = tensors(args)[0].shape[0]
+        args, kwargs = map_tensors(
+            lambda t: torch.cat([t] * (4 // batch)) if t.dim() > 0 and t.shape[0] == batch > 1 else t, (args, kwargs)
+        )
+        far = far_copies((args, kwargs), device, 2**30 + 64)
+        assert tensors(far)[0].stride(0) * (tensors(far)[0].shape[0] - 1) >= 3 * 2**30
+        with ck.use_backend(backend):
+            expected, got = self.run(args, kwargs), self.run(*far)
+        # A matrix product may sum in another order for another layout.
+        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+
+    def test_stream(self, backend: str, variant: str, device: str) -> None:
+        """On a stream whose earlier work has the inputs: another stream would see what was there before."""
+        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        with ck.use_backend(backend):
+            expected = self.run(args, kwargs)
+            late = map_tensors(torch.zeros_like, (args, kwargs))
+            # What is compiled is compiled before.
+            self.run(args, kwargs)
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000_000)
+                for to, value in zip(tensors(late), tensors((args, kwargs)), strict=True):
+                    to.copy_(value)
+                got = self.run(*late)
+            stream.synchronize()
+        self.assert_bitwise(got, expected)
+
+    def test_second_device(self, backend: str, variant: str, device: str) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one CUDA device")
+        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        with ck.use_backend(backend):
+            expected = self.run(args, kwargs)
+            got = self.run(*map_tensors(lambda t: t.to("cuda:1"), (args, kwargs)))
+        assert torch.cuda.current_device() == 0
+        assert all(t.device == torch.device("cuda:1") for t in got.outputs + got.gradients)
+        self.assert_bitwise(Result(*map_tensors(lambda t: t.to("cuda:0"), tuple(got))), expected)
+
+    def test_cuda_graph(self, backend: str, variant: str, device: str) -> None:
+        """Forward and backward are captured, which no synchronisation and no foreign allocation survives, and replayed
+        on other inputs."""
+        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        held = map_tensors(torch.clone, (args, kwargs))
+        with ck.use_backend(backend):
+            expected = self.run(args, kwargs)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.run(*held)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = self.run(*held)
+        for t in tensors(held):
+            t.zero_()
+        graph.replay()
+        for to, value in zip(tensors(held), tensors((args, kwargs)), strict=True):
+            to.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        self.assert_bitwise(got, expected)
 
     def test_zero_length(self, backend: str, variant: str, device: str) -> None:
         args, kwargs = self.inputs(variant, self.work_dtype, device, size=0)
