@@ -63,6 +63,15 @@ def cudnn_split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([sdpa(q, k, part) for part in v.split(128, dim=-1)], -1)
 
 
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3 takes 512 value channels beside 64 of q and k, forward only."""
+    from flash_attn_interface import flash_attn_func
+
+    found = flash_attn_func(q[:, :, None], k[:, :, None], v[:, :, None], softmax_scale=1.0)
+    # Some versions also return the logsumexp.
+    return (found[0] if isinstance(found, tuple) else found)[:, :, 0]
+
+
 def keops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """KeOps also keeps no N x N matrix; its C++ is compiled at the first call."""
     import pykeops
@@ -109,6 +118,7 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     add("sdpa", sdpa)
     if device.type == "cuda" and case.dtype != "float32":
         add("cudnn, V in 4 parts", cudnn_split)
+        add("flash-attention 3", flash_attention_3)
     if case.dtype == "float32":
         add("pykeops", keops)
     for name in ck.backends.available(OP):

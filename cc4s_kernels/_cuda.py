@@ -45,5 +45,6 @@ def refuses(tensor: Tensor, name: str) -> str | None:
         return f"{name} is on {tensor.device}"
     major, minor = capability(tensor.device.index)
     if major < 8:
-        return f"{name} is on a GPU of compute capability {major}.{minor}, CUDA kernels need 8.0; the reference runs there"
+        needed = "CUDA kernels need 8.0; the reference runs there"
+        return f"{name} is on a GPU of compute capability {major}.{minor}, {needed}"
     return None

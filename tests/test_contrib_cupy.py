@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import cupy
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 import cc4s_kernels as ck
 from cc4s_kernels.contrib import cupy as ckc
 from tests.ops.tester import generator
+
+cupy = pytest.importorskip("cupy")
 
 NUMPY = ckc.Framework("numpy.ndarray", np.ndarray, np.from_dlpack, nullcontext)
 

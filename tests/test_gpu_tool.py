@@ -88,6 +88,7 @@ def test_dry_run_prints_the_exact_commands(
         f"CC4S_KERNELS_CUDA=0 {setup}",
         f"CC4S_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a {setup}",
         f"{sys.executable} -m cc4s_kernels.info --selftest",
+        f"CC4S_KERNELS_JIT=1 {sys.executable} -m cc4s_kernels.info --selftest",
         f"OMP_NUM_THREADS=2 {pytest_} --junitxml={parts}/random_walk.xml",
         f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2 {sanitizer} --tool memcheck --error-exitcode 9 "
         f"--base-port 6300 {pytest_} --junitxml={parts}/memcheck-random_walk.xml {reduced}",

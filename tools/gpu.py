@@ -3,9 +3,9 @@
     python -m tools.gpu [--out DIR] [--parts build test sanitize bench] [--ops random_walk ...] [--minutes 9.5]
                         [--dry-run]
 
-build: the C++ and the CUDA extension in place, for the GPU that is there. test: the self-test, and the tests marked
-`gpu`, a process for each file. sanitize: compute-sanitizer (memcheck, racecheck) on a forward and a backward of each
-op. bench: each op at its published sizes against its baselines.
+build: the C++ and the CUDA extension in place, for the GPU that is there. test: the self-test, also with CUDA kernels
+compiled at run time, and the tests marked `gpu`, a process for each file. sanitize: compute-sanitizer (memcheck,
+racecheck) on a forward and a backward of each op. bench: each op at its published sizes against its baselines.
 
 Every part has its share of the time, and what it does not use is left to the next. Each command is a process of its
 own: what fails, hangs or crashes loses nothing of the others. After each one DIR/<gpu>-<date>.json is renewed:
@@ -67,7 +67,8 @@ MODULES = {
     "expecttest": "tests with torch.library.opcheck",
     "skimage": "scikit-image as a baseline",
     "matplotlib": "plots",
-    "cupy": "kernels compiled at run time",
+    "cupy": "kernels compiled at run time, and tests of CuPy arrays",
+    "flash_attn_interface": "FlashAttention-3 as a baseline",
 }
 """Modules, and what is left out without them."""
 
@@ -219,7 +220,9 @@ def gpu_test_files(ops: Sequence[str]) -> list[Path]:
 
 
 def test_jobs(setting: Setting) -> Iterator[Job]:
-    yield Job("selftest", (setting.python, "-m", "cc4s_kernels.info", "--selftest"))
+    selftest = (setting.python, "-m", "cc4s_kernels.info", "--selftest")
+    yield Job("selftest", selftest)
+    yield Job("selftest of run-time kernels", selftest, {"CC4S_KERNELS_JIT": "1"}, _lacking("cupy"))
     for path in gpu_test_files(setting.ops):
         yield _pytest(setting, path.stem.removeprefix("test_"), path, [], {})
 

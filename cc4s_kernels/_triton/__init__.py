@@ -58,7 +58,8 @@ def refuses(tensor: Tensor, name: str, *, widened: bool = False) -> str | None:
         return f"{name} is on {tensor.device}"
     major, minor = _capability(tensor.device.index)
     if major < 8:
-        return f"{name} is on a GPU of compute capability {major}.{minor}, Triton kernels need 8.0; the reference runs there"
+        needed = "Triton kernels need 8.0; the reference runs there"
+        return f"{name} is on a GPU of compute capability {major}.{minor}, {needed}"
     return None
 
 
