@@ -55,9 +55,9 @@ def host_part(text: str) -> str:
 
 
 def kernel_names() -> set[str]:
-    """The kernels of all ops with their namespaces, which are named as the op: `slic::merge`."""
+    """The kernels in `<op>.cuh` of all ops, with their namespaces, which are named as the op: `slic::merge`."""
     found = set()
-    for path in (ROOT / "csrc").glob("*/*.cuh"):
+    for path in (path for path in (ROOT / "csrc").glob("*/*.cuh") if path.stem == path.parent.name):
         text = re.sub(r"__launch_bounds__\([^)]*\)", "", host_part(path.read_text()))
         found |= {f"{path.parent.name}::{name}" for name in re.findall(r"\b__global__[^({;]*?(\w+)\s*\(", text)}
     return found
