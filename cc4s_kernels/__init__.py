@@ -9,6 +9,7 @@ Ops are functions of tensors; `ck.nn` holds modules and losses. `ck.use_backend`
 from cc4s_kernels import backends, distributed, nn
 from cc4s_kernels.backends import explain, use_backend
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
+from cc4s_kernels.ops.gated_crf import gated_crf
 from cc4s_kernels.ops.neural_eigenspace import NeuralEigenspace, neural_eigenspace
 from cc4s_kernels.ops.potts import PixelGrid, gaussian_grid, pixel_grid, potts
 from cc4s_kernels.ops.random_walk import random_walk
@@ -29,6 +30,7 @@ __all__ = [
     "color_affinity",
     "distributed",
     "explain",
+    "gated_crf",
     "gaussian_grid",
     "neural_eigenspace",
     "nn",

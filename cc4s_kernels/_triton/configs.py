@@ -178,6 +178,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, EVERY, ANY, ANY, Config(8, 256, 0, 4, 1)),
         *_UPSAMPLE_DOUBLE,
     ),
+    # m pixels and n classes in one step.
+    "gated_crf": (
+        Row(("interpreter",), EVERY, ANY, ANY, Config(256, 32, 0, 4, 1)),
+        Row(ALL, EVERY, ANY, ANY, Config(64, 32, 0, 4, 1)),
+    ),
     # Bound by memory.
     "upsample_sum": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(512, 0, 0, 4, 1)),),
     "upsample_gather": (Row((*ALL, "interpreter"), EVERY + DOUBLE, ANY, ANY, Config(32, 32, 0, 4, 1)),),

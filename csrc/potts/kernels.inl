@@ -1,4 +1,5 @@
-// All that potts_cpu.cpp compiles for each instruction set; relax.inl is what the passes use.
+// All that potts_cpu.cpp compiles for each instruction set; image_rows.inl and relax.inl are what the passes use.
+#include "common/image_rows.inl"
 #include "potts/relax.inl"
 
 #include "potts/graph.inl"

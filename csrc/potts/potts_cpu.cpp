@@ -19,6 +19,7 @@
 
 namespace {
 
+using namespace cc4s;
 using namespace cc4s::potts;
 using torch::stable::Tensor;
 
@@ -59,18 +60,6 @@ Relaxation relaxation_of(const std::string& name) {
 Norm norm_of(const std::string& name) {
   STD_TORCH_CHECK(name == "sum" || name == "frobenius" || name == "none", "norm: got '", name, "'");
   return name == "sum" ? Norm::kSum : name == "frobenius" ? Norm::kFrobenius : Norm::kNone;
-}
-
-bool is_floating(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
-         type == ScalarType::BFloat16;
-}
-
-Array array_of(const Tensor& tensor) {
-  Array array{tensor.const_data_ptr(), tensor.scalar_type(), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) array.strides[i] = tensor.stride(i);
-  return array;
 }
 
 // What both passes are called with.
@@ -180,11 +169,6 @@ struct Arguments {
   }
 };
 
-template <typename T>
-constexpr ScalarType scalar_type() {
-  return std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
-}
-
 // The energies [B], and the norms [B] that they were divided by, 0 where there was no weight.
 template <typename T>
 std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
@@ -250,18 +234,18 @@ std::tuple<Tensor, Tensor> backward(const Tensor& gradient, const Tensor& energy
 }
 
 // prob [B, K, C] with weight [B, E] and edge_index [B, 2, E] int64, or prob [B, C, H, W] with weight [B or 1, D, H, W].
-std::tuple<Tensor, Tensor> potts(const Tensor& prob, const Tensor& weight, const std::optional<Tensor>& edge_index,
-                                 const std::string& relaxation, const std::string& norm) {
+std::tuple<Tensor, Tensor> energies(const Tensor& prob, const Tensor& weight, const std::optional<Tensor>& edge_index,
+                                    const std::string& relaxation, const std::string& norm) {
   const Arguments arguments{prob, weight, edge_index, relaxation_of(relaxation), norm_of(norm)};
   arguments.check();
   return prob.scalar_type() == ScalarType::Double ? forward<double>(arguments) : forward<float>(arguments);
 }
 
 // gradient [B] of the energy -> gradients of prob and weight, empty where they are not needed.
-std::tuple<Tensor, Tensor> potts_backward(const Tensor& gradient, const Tensor& energy, const Tensor& scale,
-                                          const Tensor& prob, const Tensor& weight,
-                                          const std::optional<Tensor>& edge_index, const std::string& relaxation,
-                                          const std::string& norm, bool prob_needed, bool weight_needed) {
+std::tuple<Tensor, Tensor> energies_backward(const Tensor& gradient, const Tensor& energy, const Tensor& scale,
+                                             const Tensor& prob, const Tensor& weight,
+                                             const std::optional<Tensor>& edge_index, const std::string& relaxation,
+                                             const std::string& norm, bool prob_needed, bool weight_needed) {
   const Arguments arguments{prob, weight, edge_index, relaxation_of(relaxation), norm_of(norm)};
   arguments.check();
   return prob.scalar_type() == ScalarType::Double
@@ -272,6 +256,6 @@ std::tuple<Tensor, Tensor> potts_backward(const Tensor& gradient, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cc4s_kernels, CPU, m) {
-  m.impl("potts", TORCH_BOX(&potts));
-  m.impl("potts_backward", TORCH_BOX(&potts_backward));
+  m.impl("potts", TORCH_BOX(&energies));
+  m.impl("potts_backward", TORCH_BOX(&energies_backward));
 }

@@ -1,19 +1,12 @@
 // What one call works on, the same for every instruction set.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
-namespace cc4s::potts {
+#include "common/image_rows.h"
 
-using torch::headeronly::ScalarType;
+namespace cc4s::potts {
 
 enum class Relaxation {
   kBilinear,
@@ -42,36 +35,6 @@ inline Own own_of(Relaxation relaxation) {
   }
 }
 
-// A tensor of any floating dtype and strides.
-struct Array {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t strides[4] = {};
-};
-
-// Calls function(pointer) with the type of the elements behind `data`.
-template <typename Void, typename F>
-inline void with_type(Void* data, ScalarType dtype, F function) {
-  const auto call = [&](auto zero) {
-    using E = decltype(zero);
-    if constexpr (std::is_const_v<Void>) {
-      function(static_cast<const E*>(data));
-    } else {
-      function(static_cast<E*>(data));
-    }
-  };
-  switch (dtype) {
-    case ScalarType::Double:
-      return call(double{});
-    case ScalarType::Float:
-      return call(float{});
-    case ScalarType::Half:
-      return call(c10::Half{});
-    default:
-      return call(c10::BFloat16{});
-  }
-}
-
 // Sums over pairs, each once: of w r, of w and of w^2.
 struct Sums {
   double energy = 0, weight = 0, square = 0;
@@ -92,21 +55,6 @@ struct Factors {
 // Pairs of a grid: right, down, down-right, down-left.
 constexpr int kDirections = 4;
 constexpr int kDown[kDirections] = {0, 1, 1, 1}, kRight[kDirections] = {1, 0, 1, -1};
-
-// Consecutive rows: the unit of work. The cut depends on the height only, so that sums are the same for every number
-// of threads.
-struct Strip {
-  int64_t begin, end;
-};
-
-constexpr int64_t kStrips = 32, kStripRows = 8;
-
-inline std::vector<Strip> strips_of(int64_t height) {
-  const int64_t rows = std::max(kStripRows, (height + kStrips - 1) / kStrips);
-  std::vector<Strip> strips;
-  for (int64_t begin = 0; begin < height; begin += rows) strips.push_back({begin, std::min(begin + rows, height)});
-  return strips;
-}
 
 template <typename T>
 struct GridProblem {

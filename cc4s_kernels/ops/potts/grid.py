@@ -25,18 +25,22 @@ class PixelGrid(NamedTuple):
     weight: Tensor
 
 
-def pairs(field: Tensor, direction: int) -> tuple[Tensor, Tensor]:
-    """Both ends of all pairs of a direction: two views (..., H', W') of field (..., H, W)."""
-    dy, dx = OFFSETS[direction]
+def shifted(field: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
+    """Both ends of all pairs of pixels that are (dy, dx) apart, dy >= 0: two views (..., H', W') of field (..., H, W)."""
     height, width = field.shape[-2:]
     left, right = max(-dx, 0), width - max(dx, 0)
     # A grid without a pair has an empty view.
-    right = max(right, left)
+    left, right = min(left, width), max(right, min(left, width))
     bottom = max(height - dy, 0)
     return (
         field[..., :bottom, left:right],
-        field[..., dy : dy + bottom, left + dx : right + dx],
+        field[..., height - bottom :, max(left + dx, 0) : max(left + dx, 0) + right - left],
     )
+
+
+def pairs(field: Tensor, direction: int) -> tuple[Tensor, Tensor]:
+    """Both ends of all pairs of a direction."""
+    return shifted(field, *OFFSETS[direction])
 
 
 def _directions(connectivity: int) -> int:
