@@ -37,6 +37,7 @@ OPS = (
     "superpixel_boundaries",
     "color_affinity",
     "potts",
+    "gated_crf",
 )
 
 
@@ -289,6 +290,25 @@ def _potts(prob: Array, graph: Any) -> tuple[Array, ...]:
     return (np.array(energies),)
 
 
+def _gated_inputs() -> Inputs:
+    image = 0.2 * _random(2, 3, 4, 5, seed=9).sigmoid().float().double()
+    prob = _random(2, 4, 4, 5, seed=10).softmax(1).float().double()
+    return (prob, image), {"radius": 2, "mask": _random(2, 4, 5, seed=11) > -1}
+
+
+def _gated(prob: Array, image: Array, radius: int, mask: Array) -> tuple[Array, ...]:
+    """With the dense matrix of all pairs of pixels."""
+    position = np.stack(np.indices(prob.shape[2:])).reshape(2, -1).T
+    offset = position[:, None] - position
+    near = (np.abs(offset).max(-1) <= radius) & offset.any(-1)
+    plane = (offset**2).sum(-1) / 6**2
+    p, color, gate = (x.reshape(*x.shape[:-2], -1) for x in (prob, image, mask))
+    rgb = ((color[..., None] - color[:, :, None]) ** 2).sum(1) / 0.1**2
+    kernel = np.exp(-0.5 * (plane + rgb)) * near * gate[:, None] * gate[..., None]
+    different = 1 - np.einsum("bci,bcj->bij", p, p)
+    return ((kernel * different).sum((1, 2)) / gate.sum(1),)
+
+
 # ---- the self-test
 
 
@@ -370,6 +390,7 @@ CHECKS = (
     Check("superpixel_boundaries", lambda: ((_squares(),), {}), _against(_boundaries), exact=True),
     Check("color_affinity", lambda: ((_image(), _squares(), 9), {}), _affinity_error),
     Check("potts", _potts_inputs, _against(_potts), (0,)),
+    Check("gated_crf", _gated_inputs, _against(_gated), (0,)),
 )
 
 

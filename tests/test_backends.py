@@ -171,6 +171,7 @@ def test_explain_without_tensors(two):
 def test_every_op_has_a_reference():
     names = {
         "color_affinity",
+        "gated_crf",
         "neural_eigenspace",
         "potts",
         "random_walk",

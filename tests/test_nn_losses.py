@@ -429,6 +429,28 @@ def test_potts_on_a_grid_is_a_mean_of_squared_differences() -> None:
         loss(batch.logits, graph)
 
 
+# ---- gated CRF
+
+
+def test_gated_crf_is_a_mean_over_images() -> None:
+    batch = make_batch()
+    prob = upsampled(batch.logits, batch.labels).softmax(1)
+    unlabelled = batch.labels == 255
+    options = {"radius": 3, "sigma_xy": 4.0, "sigma_rgb": 0.2}
+    expected = ck.gated_crf(prob, batch.image, **options, mask=batch.mask, destination=unlabelled)
+
+    def loss(**kwargs: Any) -> Tensor:
+        made = ck.nn.GatedCRFLoss(**options, **kwargs)
+        return made(batch.logits, batch.image, batch.mask, destination=unlabelled)
+
+    assert_same(loss(reduction="none"), expected, batch.logits)
+    assert_same(loss(), expected.mean(), batch.logits)
+    assert_same(loss(normalizer=6), expected.sum() / 6, batch.logits)
+    assert ck.nn.GatedCRFLoss().count(batch.logits).item() == 3
+    with pytest.raises(ValueError, match="image: got .*batch|image: got .*pixels"):
+        ck.nn.GatedCRFLoss()(batch.logits, batch.image[:1])
+
+
 # ---- the global batch
 
 
@@ -571,7 +593,7 @@ def test_modules_are_modules() -> None:
     assert moved.class_weight is not None
     assert moved.class_weight.dtype == torch.float64
     assert "color=0" in repr(loss)
-    for name in ("PartialCrossEntropyLoss", "SoftEntropyLoss", "ColorConstraintLoss", "PottsLoss"):
+    for name in ("PartialCrossEntropyLoss", "SoftEntropyLoss", "ColorConstraintLoss", "PottsLoss", "GatedCRFLoss"):
         assert "reduction='mean'" in repr(getattr(ck.nn, name)())
 
 
@@ -589,6 +611,8 @@ def test_modules_are_modules() -> None:
         (lambda: ck.nn.ColorConstraintLoss(norm="max"), ValueError, "norm: got 'max'"),
         (lambda: ck.nn.ColorConstraintLoss(relaxation="cubic"), ValueError, "relaxation: got 'cubic'"),
         (lambda: ck.nn.PottsLoss(relaxation="cubic"), ValueError, "relaxation: got 'cubic'"),
+        (lambda: ck.nn.GatedCRFLoss(0), ValueError, "radius: got 0"),
+        (lambda: ck.nn.GatedCRFLoss(sigma_rgb=0), ValueError, "sigma_rgb: got 0"),
         (lambda: ck.nn.ScribbleLoss(entropy=-1.0), ValueError, "entropy: got -1.0"),
         (lambda: ck.nn.ScribbleLoss(color=math.inf), ValueError, "color: got inf"),
         (lambda: ck.nn.ScribbleLoss(normalizer=3.0), TypeError, "normalizer: .* Counts"),

@@ -34,7 +34,7 @@ import torch
 from tools import cuda_check, nvcc, nvrtc_check, occupancy
 
 PAIRWISE = ("random_walk", "transition_consistency", "transition_matrix")
-OPS = (*PAIRWISE, "potts", "upsample_losses")
+OPS = (*PAIRWISE, "potts", "gated_crf", "upsample_losses")
 PUBLISHED = (64, 512)
 SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
@@ -138,11 +138,27 @@ def run_potts(kernels: Any, dtype: torch.dtype) -> None:
             kernels.backward(energy, energy, scale, *tensors, relaxation, "frobenius", True, True)
 
 
+def run_gated_crf(kernels: Any, dtype: torch.dtype, variants: bool) -> None:
+    """At the published crop and radius with 21 classes; `variants` adds gates and more classes than a tile has."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    gate = empty(2, 465, 465, of=torch.bool)
+    color, sums = empty(2, 3, 465, 465, of=torch.float32), empty(2, of=torch.float32)
+    for classes, gates in ((21, (None, None)), (60, (gate, gate))) if variants else ((21, (None, None)),):
+        arguments = (empty(2, classes, 465, 465), color, *gates, 5, 6.0)
+        kernels.forward(*arguments)
+        kernels.backward(sums, *arguments)
+
+
 def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) -> None:
     """Launches every kernel of `op` on meta tensors; `variants` adds masks, several steps and restarts."""
     kernels = importlib.import_module(f"cc4s_kernels.ops.{op}.triton")
     if op == "potts":
         return run_potts(kernels, dtype)
+    if op == "gated_crf":
+        return run_gated_crf(kernels, dtype, variants)
     if op == "upsample_losses":
         return run_upsample_losses(kernels, dtype, key, variants)
     n = 3481
@@ -251,7 +267,7 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
         torch.backends.cuda.matmul.fp32_precision = precision
         with launch.recording(target, record):
             published = key == CLASSES[0] if op == "upsample_losses" else (key, value or PUBLISHED[1]) == PUBLISHED
-            run_op(op, dtype, key, value, variants=full and published)
+            run_op(op, dtype, key, value, variants=full and (published or op == "gated_crf"))
     return list(jobs.values())
 
 

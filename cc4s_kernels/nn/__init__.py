@@ -2,6 +2,7 @@
 
 from cc4s_kernels.nn._reduce import global_count
 from cc4s_kernels.nn.consistency import EigenspaceConsistencyLoss
+from cc4s_kernels.nn.gated_crf import GatedCRFLoss
 from cc4s_kernels.nn.losses import (
     ColorConstraintLoss,
     Counts,
@@ -21,6 +22,7 @@ __all__ = [
     "Crop",
     "EigenspaceConsistencyLoss",
     "Flip",
+    "GatedCRFLoss",
     "PartialCrossEntropyLoss",
     "PottsLoss",
     "RandomWalk2d",

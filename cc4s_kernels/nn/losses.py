@@ -484,7 +484,7 @@ class PottsLoss(BatchLoss):
         elif not isinstance(graph_or_grid, PixelGrid):
             raise TypeError(f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid")
         else:
-            prob = _upsampled_probabilities(logits, graph_or_grid.weight.shape[2:], self.align_corners)
+            prob = upsampled_probabilities(logits, graph_or_grid.weight.shape[2:], self.align_corners)
         energy = potts(prob, graph_or_grid, relaxation=self.relaxation, norm=self.norm)
         return reduce(energy, torch.ones_like(energy), self.reduction, normalizer)
 
@@ -496,7 +496,7 @@ class PottsLoss(BatchLoss):
         return f"relaxation={self.relaxation!r}, norm={self.norm!r}, reduction={self.reduction!r}"
 
 
-def _upsampled_probabilities(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+def upsampled_probabilities(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """(B, C, H, W) in the accumulation dtype."""
     with without_autocast(logits.device):
         logits = logits.to(accumulation_dtype(logits.dtype))

@@ -26,7 +26,7 @@ class PixelGrid(NamedTuple):
 
 
 def shifted(field: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    """Both ends of all pairs of pixels that are (dy, dx) apart, dy >= 0: two views (..., H', W') of field (..., H, W)."""
+    """Both ends of all pairs of pixels (dy, dx) apart, dy >= 0: two views (..., H', W') of field (..., H, W)."""
     height, width = field.shape[-2:]
     left, right = max(-dx, 0), width - max(dx, 0)
     # A grid without a pair has an empty view.
