@@ -447,7 +447,7 @@ def test_gated_crf_is_a_mean_over_images() -> None:
     assert_same(loss(), expected.mean(), batch.logits)
     assert_same(loss(normalizer=6), expected.sum() / 6, batch.logits)
     assert ck.nn.GatedCRFLoss().count(batch.logits).item() == 3
-    with pytest.raises(ValueError, match="image: got .*batch|image: got .*pixels"):
+    with pytest.raises(ValueError, match=r"image: got .*the pixels of prob"):
         ck.nn.GatedCRFLoss()(batch.logits, batch.image[:1])
 
 

@@ -180,7 +180,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # m pixels and n classes in one step.
     "gated_crf": (
-        Row(("interpreter",), EVERY, ANY, ANY, Config(256, 32, 0, 4, 1)),
+        Row(("interpreter",), EVERY, ANY, ANY, Config(128, 32, 0, 4, 1)),
         Row(ALL, EVERY, ANY, ANY, Config(64, 32, 0, 4, 1)),
     ),
     # Bound by memory.
