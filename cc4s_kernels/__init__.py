@@ -17,6 +17,7 @@ from cc4s_kernels.ops.slic import slic
 from cc4s_kernels.ops.superpixel_boundaries import superpixel_boundaries
 from cc4s_kernels.ops.transition_consistency import TransitionConsistency, transition_consistency
 from cc4s_kernels.ops.transition_matrix import transition_matrix
+from cc4s_kernels.ops.tree_filter import tree_filter
 from cc4s_kernels.ops.upsample_losses import UpsampleLosses, upsample_losses
 from cc4s_kernels.patching import patch
 
@@ -42,6 +43,7 @@ __all__ = [
     "superpixel_boundaries",
     "transition_consistency",
     "transition_matrix",
+    "tree_filter",
     "upsample_losses",
     "use_backend",
 ]
