@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.sparse.csgraph import minimum_spanning_tree, shortest_path
 from torch import Tensor
 
 import cc4s_kernels as ck
@@ -38,6 +39,7 @@ OPS = (
     "color_affinity",
     "potts",
     "gated_crf",
+    "tree_filter",
 )
 
 
@@ -309,6 +311,23 @@ def _gated(prob: Array, image: Array, radius: int, mask: Array) -> tuple[Array, 
     return ((kernel * different).sum((1, 2)) / gate.sum(1),)
 
 
+def _tree_inputs() -> Inputs:
+    return (_random(2, 3, 3, 4, seed=12), _random(2, 2, 3, 4, seed=13)), {"sigma": 2.0}
+
+
+def _tree(values: Array, guide: Array, sigma: float) -> tuple[Array, ...]:
+    """Distances in the spanning tree, by repeated shortening over all pairs of pixels."""
+    position = np.stack(np.indices(values.shape[2:])).reshape(2, -1).T
+    touch = np.abs(position[:, None] - position).sum(-1) == 1
+    filtered = []
+    for v, g in zip(values.reshape(*values.shape[:2], -1), guide.reshape(*guide.shape[:2], -1), strict=True):
+        weight = ((g[:, :, None] - g[:, None]) ** 2).sum(0)
+        tree = minimum_spanning_tree(np.where(touch, weight, 0)).toarray()
+        similarity = np.exp(-shortest_path(tree, directed=False) / sigma)
+        filtered.append(v @ similarity / similarity.sum(0))
+    return (np.stack(filtered).reshape(values.shape),)
+
+
 # ---- the self-test
 
 
@@ -391,6 +410,7 @@ CHECKS = (
     Check("color_affinity", lambda: ((_image(), _squares(), 9), {}), _affinity_error),
     Check("potts", _potts_inputs, _against(_potts), (0,)),
     Check("gated_crf", _gated_inputs, _against(_gated), (0,)),
+    Check("tree_filter", _tree_inputs, _against(_tree), (0, 1)),
 )
 
 

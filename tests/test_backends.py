@@ -179,6 +179,7 @@ def test_every_op_has_a_reference():
         "superpixel_boundaries",
         "transition_consistency",
         "transition_matrix",
+        "tree_filter",
         "upsample_losses",
     }
     assert names <= set(backends.ops())

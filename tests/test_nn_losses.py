@@ -451,6 +451,37 @@ def test_gated_crf_is_a_mean_over_images() -> None:
         ck.nn.GatedCRFLoss()(batch.logits, batch.image[:1])
 
 
+# ---- tree energy
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_tree_energy_is_the_distance_to_two_filters(detach: bool) -> None:
+    batch = make_batch()
+    prob = batch.logits.softmax(1)
+    size = prob.shape[2:]
+    image = batch.image.double() / 255
+    features = torch.randn(3, 5, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    unlabelled = torch.ones(3, *size, dtype=torch.bool)
+    unlabelled[0, :, 2:] = False
+    unlabelled[1] = False
+    low = ck.tree_filter(prob, F.interpolate(image, size, mode="bilinear"), sigma=0.3)
+    pseudo = ck.tree_filter(low, features, sigma=1.0)
+    pseudo = pseudo.detach() if detach else pseudo
+    count = unlabelled.sum((1, 2)).clamp(min=1)
+    expected = ((prob - pseudo).abs().sum(1) * unlabelled).sum((1, 2)) / count
+
+    def loss(**options: Any) -> Tensor:
+        made = ck.nn.TreeEnergyLoss(0.3, detach=detach, **options)
+        return made(batch.logits, batch.image, features, unlabelled=unlabelled)
+
+    assert expected[1] == 0
+    assert expected[0] > 0
+    assert_same(loss(reduction="none"), expected, batch.logits)
+    assert_same(loss(), expected.mean(), batch.logits)
+    assert_same(loss(normalizer=6), expected.sum() / 6, batch.logits)
+    assert ck.nn.TreeEnergyLoss().count(batch.logits).item() == 3
+
+
 # ---- the global batch
 
 
@@ -593,7 +624,14 @@ def test_modules_are_modules() -> None:
     assert moved.class_weight is not None
     assert moved.class_weight.dtype == torch.float64
     assert "color=0" in repr(loss)
-    for name in ("PartialCrossEntropyLoss", "SoftEntropyLoss", "ColorConstraintLoss", "PottsLoss", "GatedCRFLoss"):
+    for name in (
+        "PartialCrossEntropyLoss",
+        "SoftEntropyLoss",
+        "ColorConstraintLoss",
+        "PottsLoss",
+        "GatedCRFLoss",
+        "TreeEnergyLoss",
+    ):
         assert "reduction='mean'" in repr(getattr(ck.nn, name)())
 
 
@@ -611,6 +649,8 @@ def test_modules_are_modules() -> None:
         (lambda: ck.nn.ColorConstraintLoss(norm="max"), ValueError, "norm: got 'max'"),
         (lambda: ck.nn.ColorConstraintLoss(relaxation="cubic"), ValueError, "relaxation: got 'cubic'"),
         (lambda: ck.nn.PottsLoss(relaxation="cubic"), ValueError, "relaxation: got 'cubic'"),
+        (lambda: ck.nn.TreeEnergyLoss(0), ValueError, "sigma: got 0"),
+        (lambda: ck.nn.TreeEnergyLoss(detach=1), TypeError, "detach: got int"),
         (lambda: ck.nn.GatedCRFLoss(0), ValueError, "radius: got 0"),
         (lambda: ck.nn.GatedCRFLoss(sigma_rgb=0), ValueError, "sigma_rgb: got 0"),
         (lambda: ck.nn.ScribbleLoss(entropy=-1.0), ValueError, "entropy: got -1.0"),

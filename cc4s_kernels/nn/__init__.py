@@ -15,6 +15,7 @@ from cc4s_kernels.nn.losses import (
 )
 from cc4s_kernels.nn.random_walk import RandomWalk2d
 from cc4s_kernels.nn.transforms import Crop, Flip
+from cc4s_kernels.nn.tree_energy import TreeEnergyLoss
 
 __all__ = [
     "ColorConstraintLoss",
@@ -29,6 +30,7 @@ __all__ = [
     "ScribbleLoss",
     "ScribbleTerms",
     "SoftEntropyLoss",
+    "TreeEnergyLoss",
     "global_count",
     "global_counts",
 ]
