@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def levels(values: Tensor, image: Tensor) -> Tensor:
         starts = [0, 1]
         while starts[-1] < len(order[b]):
             starts.append(int(torch.searchsorted(parent[b][1:].contiguous(), starts[-1])) + 1)
-        spans = [slice(i, j) for i, j in zip(starts[:-1], starts[1:], strict=True)][1:]
+        spans = [slice(i, j) for i, j in pairwise(starts)][1:]
         for span in reversed(spans):
             total = total.index_add(1, parent[b, span], decay[b, span] * total[:, span])
         parts = [total[:, :1]]
