@@ -192,20 +192,21 @@ struct Arguments {
   // Channels of a part, in the order of the tree, zeros behind the last.
   template <typename T>
   void read(const Tensor& from, const Tree<T>& tree, int64_t b, int64_t part, Field<T, kChannels>& to) const {
-    for (int64_t c = 0; c < kChannels; ++c) {
-      const int64_t channel = part * kChannels + c;
-      const T* line = from.const_data_ptr<T>() + b * from.stride(0) + channel * from.stride(1);
-      for (int64_t k = 0; k < pixels(); ++k) {
-        to.at(k)[c] = channel < channels() ? line[tree.order[k] * from.stride(2)] : T{0};
-      }
+    const int64_t count = std::min<int64_t>(kChannels, channels() - part * kChannels);
+    const int64_t channel = from.stride(1), pixel = from.stride(2);
+    const T* image = from.const_data_ptr<T>() + b * from.stride(0) + part * kChannels * channel;
+    for (int64_t k = 0; k < pixels(); ++k) {
+      const T* line = image + tree.order[k] * pixel;
+      for (int64_t c = 0; c < kChannels; ++c) to.at(k)[c] = c < count ? line[c * channel] : T{0};
     }
   }
 
   template <typename T>
   void write(const Tree<T>& tree, int64_t b, int64_t part, Field<T, kChannels>& from, Tensor& to) const {
-    for (int64_t c = 0; c < kChannels && part * kChannels + c < channels(); ++c) {
-      T* line = to.mutable_data_ptr<T>() + (b * channels() + part * kChannels + c) * pixels();
-      for (int64_t k = 0; k < pixels(); ++k) line[tree.order[k]] = from.at(k)[c];
+    const int64_t count = std::min<int64_t>(kChannels, channels() - part * kChannels);
+    T* image = to.mutable_data_ptr<T>() + (b * channels() + part * kChannels) * pixels();
+    for (int64_t k = 0; k < pixels(); ++k) {
+      for (int64_t c = 0; c < count; ++c) image[c * pixels() + tree.order[k]] = from.at(k)[c];
     }
   }
 };
