@@ -9,6 +9,7 @@ Ops are functions of tensors; `ck.nn` holds modules and losses. `ck.use_backend`
 from cc4s_kernels import backends, distributed, nn
 from cc4s_kernels.backends import explain, use_backend
 from cc4s_kernels.ops.bilateral_filter import bilateral_filter
+from cc4s_kernels.ops.bilateral_filter.dense_crf import dense_crf
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
 from cc4s_kernels.ops.neural_eigenspace import NeuralEigenspace, neural_eigenspace
 from cc4s_kernels.ops.potts import PixelGrid, gaussian_grid, pixel_grid, potts
@@ -30,6 +31,7 @@ __all__ = [
     "bilateral_filter",
     "color_affinity",
     "distributed",
+    "dense_crf",
     "explain",
     "gaussian_grid",
     "neural_eigenspace",

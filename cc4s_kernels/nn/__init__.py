@@ -2,6 +2,7 @@
 
 from cc4s_kernels.nn._reduce import global_count
 from cc4s_kernels.nn.consistency import EigenspaceConsistencyLoss
+from cc4s_kernels.nn.dense import DenseCRFLoss, KernelCutLoss, NormalizedCutLoss
 from cc4s_kernels.nn.losses import (
     ColorConstraintLoss,
     Counts,
@@ -19,8 +20,11 @@ __all__ = [
     "ColorConstraintLoss",
     "Counts",
     "Crop",
+    "DenseCRFLoss",
     "EigenspaceConsistencyLoss",
     "Flip",
+    "KernelCutLoss",
+    "NormalizedCutLoss",
     "PartialCrossEntropyLoss",
     "PottsLoss",
     "RandomWalk2d",
