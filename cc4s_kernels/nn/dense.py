@@ -16,28 +16,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import interpolate
 
+from cc4s_kernels import _library
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
 from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image, check_mask, check_sigma
 
 
-class _Forms(torch.autograd.Function):
-    """S (B, C, H, W) and K S -> S_k' K S_k (B, C). Its gradient 2 K S is at hand: no second filter."""
+# S (B, C, H, W) and K S -> S_k' K S_k (B, C). Its gradient 2 K S is at hand: no second filter. The backward op takes
+# S only to refuse its own gradient, which would need one.
+_library.LIBRARY.define("kernel_forms(Tensor prob, Tensor filtered) -> Tensor")
+_library.LIBRARY.define("kernel_forms_backward(Tensor gradient, Tensor prob, Tensor filtered) -> Tensor")
 
-    @staticmethod
-    def forward(ctx: Any, prob: Tensor, filtered: Tensor) -> Tensor:
-        ctx.save_for_backward(filtered)
-        return (prob * filtered).sum((2, 3))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (filtered,) = ctx.saved_tensors
-        return 2 * gradient[:, :, None, None] * filtered, None
+def _forms(prob: Tensor, filtered: Tensor) -> Tensor:
+    return (prob * filtered).sum((2, 3))
+
+
+def _forms_backward(gradient: Tensor, prob: Tensor, filtered: Tensor) -> Tensor:
+    return 2 * gradient[:, :, None, None] * filtered
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.cc4s_kernels.kernel_forms_backward(gradient, *ctx.saved_tensors), None
+
+
+def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("DenseCRFLoss, NormalizedCutLoss and KernelCutLoss have no second derivatives")
+
+
+_library.register("kernel_forms", _forms, lambda p, f: p.new_empty(p.shape[:2]), _gradients, _setup_context)
+_library.register(
+    "kernel_forms_backward", _forms_backward, lambda g, p, f: torch.empty_like(f), _no_second_derivative
+)
 
 
 class _DenseLoss(BatchLoss):
@@ -126,7 +143,7 @@ class _DenseLoss(BatchLoss):
                 mask=mask,
                 include_self=self.include_self,
             )
-            forms: Tensor = _Forms.apply(prob, filtered[:, :-1])
+            forms: Tensor = torch.ops.cc4s_kernels.kernel_forms(prob, filtered[:, :-1].contiguous())
             return prob, valid, forms, (prob * filtered[:, -1:]).sum((2, 3))
 
     def _energy(self, prob: Tensor, valid: Tensor, forms: Tensor, degrees: Tensor) -> Tensor:
