@@ -37,6 +37,7 @@ OPS = (
     "superpixel_boundaries",
     "color_affinity",
     "potts",
+    "bilateral_filter",
 )
 
 
@@ -289,6 +290,19 @@ def _potts(prob: Array, graph: Any) -> tuple[Array, ...]:
     return (np.array(energies),)
 
 
+def _bilateral_inputs() -> Inputs:
+    return (_random(1, 3, 18, 20, seed=9), _image()[:, :, :18, :20]), {"sigma_xy": 6.0, "sigma_rgb": 40.0}
+
+
+def _bilateral(values: Array, image: Array, sigma_xy: float, sigma_rgb: float) -> tuple[Array, ...]:
+    """All pairs at once: features whose squared distance is the exponent."""
+    position = np.stack(np.indices(image.shape[2:])).reshape(2, -1) / sigma_xy
+    features = np.concatenate([position, image[0].reshape(3, -1) / sigma_rgb])
+    kernel = np.exp(-0.5 * ((features[:, :, None] - features[:, None]) ** 2).sum(0))
+    np.fill_diagonal(kernel, 0)
+    return ((values[0].reshape(len(values[0]), -1) @ kernel).reshape(values.shape),)
+
+
 # ---- the self-test
 
 
@@ -370,6 +384,7 @@ CHECKS = (
     Check("superpixel_boundaries", lambda: ((_squares(),), {}), _against(_boundaries), exact=True),
     Check("color_affinity", lambda: ((_image(), _squares(), 9), {}), _affinity_error),
     Check("potts", _potts_inputs, _against(_potts), (0,)),
+    Check("bilateral_filter", _bilateral_inputs, _against(_bilateral), (0,)),
 )
 
 
