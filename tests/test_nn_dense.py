@@ -180,7 +180,7 @@ def test_inputs_are_checked() -> None:
     module = ck.nn.DenseCRFLoss()
     with pytest.raises(ValueError, match=r"image: got shape \(2, 3, 8, 8\)"):
         module(logits, image[:2])
-    with pytest.raises(TypeError, match="image: .*int32"):
+    with pytest.raises(TypeError, match=r"image: .*int32"):
         module(logits, image.int())
     with pytest.raises(ValueError, match=r"mask: got shape \(3, 8, 7\)"):
         module(logits, image, mask[:, :, 1:])

@@ -39,7 +39,8 @@ PUBLISHED = (64, 512)
 SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
 CLASSES = (21, 60, 2, 128, 255, 1000)
-"""Of upsample_losses and (the first two) bilateral_filter: VOC 2012, Pascal Context, and one of every class of the table."""
+"""Of upsample_losses, and the first two of bilateral_filter: VOC 2012, Pascal Context, and one of every class of the
+table."""
 
 KIBI = 1024
 # Largest dynamic shared memory of a block, CUDA C++ Programming Guide, "Technical Specifications per Compute

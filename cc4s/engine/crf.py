@@ -24,7 +24,9 @@ LEAST_PROBABILITY = 1e-5
 def require(config: CrfConfig) -> None:
     """Raises UserError where the lattice is asked for and pydensecrf is not installed."""
     if config.method == "lattice" and importlib.util.find_spec("pydensecrf") is None:
-        raise UserError("key crf.method: lattice needs the package pydensecrf (pip install pydensecrf2); exact does not")
+        raise UserError(
+            "key crf.method: lattice needs the package pydensecrf (pip install pydensecrf2); exact does not"
+        )
 
 
 def describe(config: CrfConfig, device: torch.device) -> str:

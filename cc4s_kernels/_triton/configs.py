@@ -163,9 +163,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "bilateral_filter": (
         INTERPRETER,
         Row(ALL, ("half",), 32, ANY, Config(128, 64, 32, 8, 2)),
-        Row(ALL, ("half",), ANY, ANY, Config(128, 64, 128, 8, 2)),
+        Row(ALL, ("half",), ANY, ANY, Config(64, 64, 128, 8, 2)),
         Row(ALL, ("tf32", "float32"), 32, ANY, Config(64, 32, 32, 4, 2)),
-        Row(ALL, ("tf32", "float32"), ANY, ANY, Config(64, 32, 64, 8, 2)),
+        Row(ALL, ("tf32", "float32"), ANY, ANY, Config(32, 32, 64, 4, 2)),
     ),
     # 64 numbers of a tile in a thread where no four sums of corners stand beside them, else 32, or 8 of float64.
     "upsample_losses": (

@@ -24,7 +24,6 @@ from cc4s_kernels._validation import check_number, check_shape, check_tensor, de
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
 from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image, check_mask, check_sigma
 
-
 # S (B, C, H, W) and K S -> S_k' K S_k (B, C). Its gradient 2 K S is at hand: no second filter. The backward op takes
 # S only to refuse its own gradient, which would need one.
 _library.LIBRARY.define("kernel_forms(Tensor prob, Tensor filtered) -> Tensor")
@@ -52,9 +51,7 @@ def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
 
 
 _library.register("kernel_forms", _forms, lambda p, f: p.new_empty(p.shape[:2]), _gradients, _setup_context)
-_library.register(
-    "kernel_forms_backward", _forms_backward, lambda g, p, f: torch.empty_like(f), _no_second_derivative
-)
+_library.register("kernel_forms_backward", _forms_backward, lambda g, p, f: torch.empty_like(f), _no_second_derivative)
 
 
 class _DenseLoss(BatchLoss):
@@ -151,9 +148,7 @@ class _DenseLoss(BatchLoss):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return (
-            f"sigma_xy={self.sigma_xy}, sigma_rgb={self.sigma_rgb}, scale={self.scale}, reduction={self.reduction!r}"
-        )
+        return f"sigma_xy={self.sigma_xy}, sigma_rgb={self.sigma_rgb}, scale={self.scale}, reduction={self.reduction!r}"
 
 
 def _crf_energy(valid: Tensor, forms: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def draw_mask(batch, height, width, seed):
 
 
 def naive_bilateral_filter(values, image, *, sigma_xy, sigma_rgb, mask=None, include_self=False):
-    batch, channels, height, width = values.shape
+    batch, _, height, width = values.shape
     colors = image.double() * (255 if image.is_floating_point() else 1)
     out = torch.zeros(values.shape, dtype=torch.float64)
     for b in range(batch):
@@ -147,7 +147,7 @@ def test_far_pairs_that_are_skipped_count_nothing(backend, device, sigmas):
 
 @all_backends
 def test_an_isolated_pixel_keeps_its_small_sum(backend, device):
-    """One white pixel on black: without the pair (i, i) its sum is tiny, and is not lost in a difference of large ones."""
+    """Without the pair (i, i) the sum of a grey pixel on black is tiny, and not lost in a difference of large ones."""
     image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device=device)
     image[0, :, 1, 1] = 100
     values = torch.full((1, 1, 4, 4), 1000.0, device=device)

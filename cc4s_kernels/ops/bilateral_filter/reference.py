@@ -18,7 +18,7 @@ def image_levels(image: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tens
 
 def kernel_matrix(levels: Tensor, mask: Tensor | None, sigma_xy: float, sigma_rgb: float, include_self: bool) -> Tensor:
     """K (B, N, N), N = H W: 0 in rows and columns of masked pixels, and on the diagonal without `include_self`."""
-    batch, _, height, width = levels.shape
+    _, _, height, width = levels.shape
     rows = torch.arange(height, device=levels.device, dtype=levels.dtype)[:, None].expand(height, width)
     columns = torch.arange(width, device=levels.device, dtype=levels.dtype).expand(height, width)
 

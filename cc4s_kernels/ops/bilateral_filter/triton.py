@@ -92,7 +92,7 @@ def bilateral_filter_kernel(
     down_n = tl.cdiv(tl.minimum(top + ROWS_M + reach, height), ROWS_N) - first_row
     other = tl.arange(0, BLOCK_N)
     sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for step in range(0, down_n * across_n):
+    for step in range(down_n * across_n):
         y = (first_row + step // across_n) * ROWS_N + other // PATCH
         x = (first_column + step % across_n) * PATCH + other % PATCH
         there = (y < height) & (x < width)
