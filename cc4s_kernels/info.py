@@ -296,7 +296,7 @@ def _bilateral_inputs() -> Inputs:
 
 def _bilateral(values: Array, image: Array, sigma_xy: float, sigma_rgb: float) -> tuple[Array, ...]:
     """All pairs at once: features whose squared distance is the exponent."""
-    position = np.stack(np.indices(image.shape[2:])).reshape(2, -1) / sigma_xy
+    position = np.indices(image.shape[2:]).reshape(2, -1) / sigma_xy
     features = np.concatenate([position, image[0].reshape(3, -1) / sigma_rgb])
     kernel = np.exp(-0.5 * ((features[:, :, None] - features[:, None]) ** 2).sum(0))
     np.fill_diagonal(kernel, 0)

@@ -98,8 +98,8 @@ Case = tuple[str, torch.dtype, str, int, int]
 
 
 def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
-    """(op, dtype, precision of float32 products, d, D); d is the number of classes of upsample_losses and bilateral_filter, d and D are
-    0 for ops without them."""
+    """(op, dtype, precision of float32 products, d, D); d is the number of classes of upsample_losses and
+    bilateral_filter, and d and D are 0 for ops without them."""
     kinds = [(torch.bfloat16, "ieee")]
     if full:
         kinds += [(torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
