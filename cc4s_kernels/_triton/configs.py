@@ -161,7 +161,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # m and n: pixels of a patch 16 wide; v: channels of a program, whose weights are computed again for more.
     "bilateral_filter": (
-        INTERPRETER,
+        # Several patches already at 7 rows.
+        Row(("interpreter",), EVERY, ANY, ANY, Config(64, 64, 32, 4, 1)),
         Row(ALL, ("half",), 32, ANY, Config(128, 64, 32, 8, 2)),
         Row(ALL, ("half",), ANY, ANY, Config(64, 64, 128, 8, 2)),
         Row(ALL, ("tf32", "float32"), 32, ANY, Config(64, 32, 32, 4, 2)),
