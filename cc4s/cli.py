@@ -87,6 +87,17 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_crf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--crf",
+        nargs="?",
+        const="exact",
+        choices=("exact", "lattice"),
+        help="dense CRF on the probabilities: exact (the default; on a CPU on a reduced grid, crf.cpu_size), or the "
+        "lattice of the package pydensecrf",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="cc4s", description="Train and use segmenters from scribbles (CC4S).", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cc4s {_version()}")
@@ -121,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--data", metavar="DIR", help="the data folder; by default the one of the training")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON")
-    evaluate.add_argument("--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)")
+    _add_crf(evaluate)
     _add_device_options(evaluate)
 
     predict = add("predict", _predict, "Masks and overlays for images of any size.")
@@ -151,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     pseudo.add_argument("--data", metavar="DIR", help="the data folder; by default the one of the training")
     pseudo.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNGs")
     pseudo.add_argument("--threshold", type=float, metavar="P", help="least probability of a label")
-    pseudo.add_argument("--crf", action="store_true", help="dense CRF on the probabilities (needs pydensecrf)")
+    _add_crf(pseudo)
     _add_device_options(pseudo)
 
     scribble = add("scribble", _scribble, "Make scribbles from masks, or shrink or drop existing ones.")
@@ -324,7 +335,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     recipe, words = _split_words(arguments.words, optional=True)
     if arguments.crf:
-        words.append("inference.crf=true")
+        words += ["inference.crf=true", f"crf.method={arguments.crf}"]
     metrics = evaluate_checkpoint(_trained(arguments, words, recipe), arguments.out)
     if metrics:
         _print_classes(metrics)
@@ -338,7 +349,7 @@ def _pseudo_label(arguments: argparse.Namespace) -> None:
     if arguments.threshold is not None:
         words.append(f"pseudo.threshold={arguments.threshold}")
     if arguments.crf:
-        words.append("pseudo.crf=true")
+        words += ["pseudo.crf=true", f"crf.method={arguments.crf}"]
     result = pseudo_label_folder(_trained(arguments, words, recipe), arguments.checkpoint, arguments.out)
     if result:
         print(f"{result['images']} pseudo-labels, {result['coverage']:.1%} of the pixels: {arguments.out}")

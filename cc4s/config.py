@@ -216,6 +216,16 @@ class PseudoConfig:
 
 
 @dataclass
+class CrfConfig:
+    """The dense CRF that inference.crf and pseudo.crf switch on (METHOD 6)."""
+
+    # exact: every pair of pixels counts. lattice: the approximation of the package pydensecrf.
+    method: str = "exact"
+    # Long side of the grid of exact inference on a CPU, in pixels; 0 is the image's own size, minutes per image.
+    cpu_size: int = 128
+
+
+@dataclass
 class ReportConfig:
     """The pictures of report.html."""
 
@@ -250,6 +260,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=list)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    crf: CrfConfig = field(default_factory=CrfConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
@@ -399,6 +410,7 @@ def validate(config: Config) -> None:
     _check_choice("loss.consistency.reduction", consistency.reduction, ("clean", "released"))
     _check_choice("loss.relaxation", config.loss.relaxation, RELAXATIONS)
     _check_choice("loss.color_norm", config.loss.color_norm, ("sum", "frobenius"))
+    _check_choice("crf.method", config.crf.method, ("exact", "lattice"))
     for transform in consistency.transforms:
         _check_choice("loss.consistency.transforms", transform, ("flip", "crop", "bands"))
     for key, low, high in _RANGES:
@@ -479,6 +491,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("inference.window", 17, 65536),
     ("inference.stride", 0.05, 1),
     ("pseudo.threshold", 0, 1),
+    ("crf.cpu_size", 0, 65536),
     ("report.images", 0, 1000),
     ("report.eigenvectors", 0, 64),
 ]

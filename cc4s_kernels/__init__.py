@@ -8,6 +8,8 @@ Ops are functions of tensors; `ck.nn` holds modules and losses. `ck.use_backend`
 
 from cc4s_kernels import backends, distributed, nn
 from cc4s_kernels.backends import explain, use_backend
+from cc4s_kernels.ops.bilateral_filter import bilateral_filter
+from cc4s_kernels.ops.bilateral_filter.dense_crf import dense_crf
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
 from cc4s_kernels.ops.gated_crf import gated_crf
 from cc4s_kernels.ops.neural_eigenspace import NeuralEigenspace, neural_eigenspace
@@ -28,7 +30,9 @@ __all__ = [
     "TransitionConsistency",
     "UpsampleLosses",
     "backends",
+    "bilateral_filter",
     "color_affinity",
+    "dense_crf",
     "distributed",
     "explain",
     "gated_crf",

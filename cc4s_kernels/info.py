@@ -40,6 +40,7 @@ OPS = (
     "potts",
     "gated_crf",
     "tree_filter",
+    "bilateral_filter",
 )
 
 
@@ -328,6 +329,19 @@ def _tree(values: Array, guide: Array, sigma: float) -> tuple[Array, ...]:
     return (np.stack(filtered).reshape(values.shape),)
 
 
+def _bilateral_inputs() -> Inputs:
+    return (_random(1, 3, 18, 20, seed=9), _image()[:, :, :18, :20]), {"sigma_xy": 6.0, "sigma_rgb": 40.0}
+
+
+def _bilateral(values: Array, image: Array, sigma_xy: float, sigma_rgb: float) -> tuple[Array, ...]:
+    """All pairs at once: features whose squared distance is the exponent."""
+    position = np.indices(image.shape[2:]).reshape(2, -1) / sigma_xy
+    features = np.concatenate([position, image[0].reshape(3, -1) / sigma_rgb])
+    kernel = np.exp(-0.5 * ((features[:, :, None] - features[:, None]) ** 2).sum(0))
+    np.fill_diagonal(kernel, 0)
+    return ((values[0].reshape(len(values[0]), -1) @ kernel).reshape(values.shape),)
+
+
 # ---- the self-test
 
 
@@ -411,6 +425,7 @@ CHECKS = (
     Check("potts", _potts_inputs, _against(_potts), (0,)),
     Check("gated_crf", _gated_inputs, _against(_gated), (0,)),
     Check("tree_filter", _tree_inputs, _against(_tree), (0, 1)),
+    Check("bilateral_filter", _bilateral_inputs, _against(_bilateral), (0,)),
 )
 
 

@@ -170,6 +170,7 @@ def test_explain_without_tensors(two):
 
 def test_every_op_has_a_reference():
     names = {
+        "bilateral_filter",
         "color_affinity",
         "gated_crf",
         "neural_eigenspace",

@@ -34,12 +34,13 @@ import torch
 from tools import cuda_check, nvcc, nvrtc_check, occupancy
 
 PAIRWISE = ("random_walk", "transition_consistency", "transition_matrix")
-OPS = (*PAIRWISE, "potts", "gated_crf", "upsample_losses")
+OPS = (*PAIRWISE, "bilateral_filter", "potts", "gated_crf", "upsample_losses")
 PUBLISHED = (64, 512)
 SIZES = ((16, 64), PUBLISHED, (64, 256), (64, 1024), (128, 512), (256, 1024))
 """(d, D): one of every class of the table, and sizes around the published one."""
 CLASSES = (21, 60, 2, 128, 255, 1000)
-"""Of upsample_losses: VOC 2012, Pascal Context, and one of every class of the table."""
+"""Of upsample_losses, and the first two of bilateral_filter: VOC 2012, Pascal Context, and one of every class of the
+table."""
 
 KIBI = 1024
 # Largest dynamic shared memory of a block, CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -97,8 +98,8 @@ Case = tuple[str, torch.dtype, str, int, int]
 
 
 def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
-    """(op, dtype, precision of float32 products, d, D); d is the number of classes of upsample_losses, and d and D are
-    0 for ops without them."""
+    """(op, dtype, precision of float32 products, d, D); d is the number of classes of upsample_losses and
+    bilateral_filter, and d and D are 0 for ops without them."""
     kinds = [(torch.bfloat16, "ieee")]
     if full:
         kinds += [(torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -112,6 +113,10 @@ def cases(ops: Sequence[str], full: bool) -> Iterator[Case]:
         for dtype, precision in kinds:
             # float16 compiles as bfloat16 does.
             sizes = SIZES if full and dtype != torch.float16 else (PUBLISHED,)
+            if op == "bilateral_filter":
+                for classes in CLASSES[:2] if full else CLASSES[:1]:
+                    yield op, dtype, precision, classes, 0
+                continue
             if op not in PAIRWISE:
                 if precision == "ieee":
                     yield op, dtype, precision, 0, 0
@@ -152,6 +157,17 @@ def run_gated_crf(kernels: Any, dtype: torch.dtype, variants: bool) -> None:
         kernels.backward(sums, *arguments)
 
 
+def run_bilateral_filter(kernels: Any, dtype: torch.dtype, channels: int, variants: bool) -> None:
+    """At the published crop; `variants` adds a mask and the pair of a pixel with itself."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    values, levels = empty(2, channels, 465, 465), empty(2, 3, 465, 465, of=torch.float32)
+    for mask in (None, empty(2, 465, 465, of=torch.bool)) if variants else (None,):
+        kernels.bilateral_filter(values, levels, mask, 80.0, 13.0, mask is not None)
+
+
 def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) -> None:
     """Launches every kernel of `op` on meta tensors; `variants` adds masks, several steps and restarts."""
     kernels = importlib.import_module(f"cc4s_kernels.ops.{op}.triton")
@@ -159,6 +175,8 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
         return run_potts(kernels, dtype)
     if op == "gated_crf":
         return run_gated_crf(kernels, dtype, variants)
+    if op == "bilateral_filter":
+        return run_bilateral_filter(kernels, dtype, key, variants)
     if op == "upsample_losses":
         return run_upsample_losses(kernels, dtype, key, variants)
     n = 3481
@@ -255,7 +273,7 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
     jobs: dict[Any, Job] = {}
     for op, dtype, precision, key, value in cases(ops, full):
         name = str(dtype).removeprefix("torch.") if precision == "ieee" else precision
-        width = "C" if op == "upsample_losses" else "d"
+        width = "d" if op in PAIRWISE else "C"
         case = name + (f" {width}={key}" if key else "") + (f" D={value}" if value else "")
 
         def record(
@@ -266,8 +284,8 @@ def collect(target: Any, ops: Sequence[str], full: bool) -> list[Job]:
 
         torch.backends.cuda.matmul.fp32_precision = precision
         with launch.recording(target, record):
-            published = key == CLASSES[0] if op == "upsample_losses" else (key, value or PUBLISHED[1]) == PUBLISHED
-            run_op(op, dtype, key, value, variants=full and (published or op == "gated_crf"))
+            published = key in (0, CLASSES[0]) if op not in PAIRWISE else (key, value or PUBLISHED[1]) == PUBLISHED
+            run_op(op, dtype, key, value, variants=full and published)
     return list(jobs.values())
 
 

@@ -64,6 +64,8 @@ def pseudo_label_folder(trained: Trained, checkpoint: Path, out: Path) -> dict[s
         "inference": asdict(config.inference),
         "pseudo": asdict(config.pseudo),
     }
+    if config.pseudo.crf:
+        settings["crf"] = asdict(config.crf)
     stamp = out / "pseudo_labels.json"
     if runtime.is_main:
         if out.is_dir() and any(out.iterdir()) and not stamp.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from cc4s.engine.metrics import SegmentationMetrics
 from cc4s.engine.runtime import Runtime
 from cc4s.progress import progress_bar
 
+logger = logging.getLogger("cc4s")
+
 
 def evaluate(
     network: torch.nn.Module, dataset: Dataset, config: Config, runtime: Runtime, *, label: str
@@ -41,7 +44,7 @@ def evaluate(
         label: text of the progress bar.
 
     Returns:
-        What `SegmentationMetrics.compute` returns.
+        What `SegmentationMetrics.compute` returns; with a CRF also `crf`, how it ran.
     """
     metrics = new_metrics(dataset, config)
     mine = runtime.share(dataset.eval)
@@ -50,7 +53,12 @@ def evaluate(
     merged = new_metrics(dataset, config)
     for state in runtime.gather(metrics.state()):
         merged.merge(state)
-    return merged.compute()
+    return merged.compute() | _crf_note(config.inference.crf, config, runtime)
+
+
+def _crf_note(used: bool, config: Config, runtime: Runtime) -> dict[str, str]:
+    """What a result says of the CRF: how it ran, where it ran."""
+    return {"crf": crf.describe(config.crf, runtime.device)} if used else {}
 
 
 def new_metrics(dataset: Dataset, config: Config) -> SegmentationMetrics:
@@ -76,12 +84,14 @@ def predictions(
     predictor = Predictor(network, config.inference, config.data)
     images = EvaluationSet(entries, config.data, num_classes)
     refine = config.inference.crf if use_crf is None else use_crf
+    if refine and runtime.is_main:
+        logger.info("dense CRF: %s", crf.describe(config.crf, runtime.device))
     for index in progress_bar(range(len(images)), label, "image", show=runtime.is_main):
         sample = images[index]
         with runtime.fabric.autocast():
             probability = predictor.probabilities(sample["image"])
         if refine:
-            probability = torch.from_numpy(crf.dense_crf(probability.cpu().numpy(), as_uint8(sample["image"])))
+            probability = crf.refine(probability, as_uint8(sample["image"]), config.crf)
         yield sample["name"], probability, sample
 
 
@@ -117,7 +127,7 @@ def write_pseudo_labels(
 
     Returns:
         `coverage` (share of labelled pixels), `images`, and, where training masks exist, the metrics of the labelled
-        pixels against them.
+        pixels against them; with a CRF also `crf`, how it ran.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_classes = len(dataset.classes)
@@ -160,4 +170,4 @@ def _judge_pseudo_labels(dataset: Dataset, config: Config, runtime: Runtime, fol
     }
     if any(entry.label is not None for entry in dataset.train):
         result |= merged.compute()
-    return result
+    return result | _crf_note(config.pseudo.crf, config, runtime)

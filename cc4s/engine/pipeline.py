@@ -126,7 +126,7 @@ class Run:
             StageTraining(config, stage, dataset, self.folder, self.runtime).check()
         evaluation.new_metrics(dataset, config)
         if config.inference.crf or config.pseudo.crf:
-            crf.require()
+            crf.require(config.crf)
         trackers.require(config)
         self.folder.create(config)
         self.folder.trackers = trackers.open_trackers(config, self.folder.path)

@@ -159,6 +159,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ALL, ("float32",), 128, ANY, Config(32, 16, 32, 8, 1)),
         Row(ALL, ("float32",), 256, ANY, Config(16, 16, 32, 4, 1)),
     ),
+    # m and n: pixels of a patch 16 wide; v: channels of a program, whose weights are computed again for more.
+    "bilateral_filter": (
+        # Several patches already at 7 rows.
+        Row(("interpreter",), EVERY, ANY, ANY, Config(64, 64, 32, 4, 1)),
+        Row(ALL, ("half",), 32, ANY, Config(128, 64, 32, 8, 2)),
+        Row(ALL, ("half",), ANY, ANY, Config(64, 64, 128, 8, 2)),
+        Row(ALL, ("tf32", "float32"), 32, ANY, Config(64, 32, 32, 4, 2)),
+        Row(ALL, ("tf32", "float32"), ANY, ANY, Config(32, 32, 64, 4, 2)),
+    ),
     # 64 numbers of a tile in a thread where no four sums of corners stand beside them, else 32, or 8 of float64.
     "upsample_losses": (
         _UPSAMPLE_INTERPRETER,

@@ -269,6 +269,22 @@ def test_pseudo_labels_keep_the_scribbles(data: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(made, np.asarray(Image.open(data / "scribbles" / f"{name}.png")))
 
 
+def test_exact_crf_says_on_which_grid(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out, metrics = tmp_path / "run", tmp_path / "metrics.json"
+    assert main(["train", *run_words(data, out)[1:], "--stage", "ur"]) == 0
+    checkpoint = ["--checkpoint", str(out / "checkpoints" / "ur.pt"), "--data", str(data), "crf.cpu_size=24"]
+    note = "exact, on a grid with a long side of at most 24 pixels (crf.cpu_size)"
+    with caplog.at_level("INFO", logger="cc4s"):
+        assert main(["evaluate", *checkpoint, "--out", str(metrics), "--crf"]) == 0
+    assert json.loads(metrics.read_text())["crf"] == note
+    assert f"dense CRF: {note}" in caplog.messages
+    folder = tmp_path / "pseudo"
+    assert main(["pseudo-label", *checkpoint, "--out", str(folder), "--crf", "exact"]) == 0
+    assert json.loads((folder / "pseudo_labels.json").read_text())["result"]["crf"] == note
+    assert main(["evaluate", *checkpoint, "--out", str(metrics)]) == 0
+    assert "crf" not in json.loads(metrics.read_text())
+
+
 def test_scribble_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scribble", "generate", "--data", str(data), "--out", str(tmp_path / "made")]) == 0
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"a.png", "b.png", "c d.png", "ü.png"}
@@ -349,10 +365,12 @@ def test_damaged_run_files_are_named(data: Path, tmp_path: Path, capsys: pytest.
     check_refused([*run_words(data, out)], capsys, "ur.json", "damaged")
 
 
-@pytest.mark.parametrize("word", ["inference.crf=true", "data.volume_pattern=(", "report.wandb=true"])
+@pytest.mark.parametrize(
+    "words", ["inference.crf=true crf.method=lattice", "data.volume_pattern=(", "report.wandb=true"]
+)
 def test_what_only_later_stages_need_is_checked_first(
-    word: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    check_refused([*run_words(data, out), word], capsys, word.split("=")[0])
+    check_refused([*run_words(data, out), *words.split()], capsys, words.split()[-1].split("=")[0])
     assert not (out / "log.jsonl").exists()

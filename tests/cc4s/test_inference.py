@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cc4s.config import DataConfig, InferenceConfig
+import cc4s_kernels as ck
+from cc4s.config import CrfConfig, DataConfig, InferenceConfig
+from cc4s.engine import crf
 from cc4s.engine.evaluation import pseudo_label
 from cc4s.engine.inference import Predictor, window_corners
+from cc4s.errors import UserError
 from cc4s.models import SegmenterOutput
 
 PLAIN = DataConfig(mean=[0.0], std=[1.0])
@@ -76,6 +80,43 @@ def test_flip_makes_predictions_equivariant() -> None:
     image = torch.rand(3, 41, 57)
     found, mirrored = predictor.probabilities(image), predictor.probabilities(image.flip(-1))
     torch.testing.assert_close(mirrored.flip(-1), found)
+
+
+def crf_input() -> tuple[torch.Tensor, np.ndarray]:
+    """Two halves of one colour each, and probabilities with a wrong spot in the left one."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:, 16:] = 200
+    probability = torch.full((2, 24, 32), 0.3)
+    probability[0, :, :16] = probability[1, :, 16:] = 0.7
+    probability[:, 10:12, 6:8] = torch.tensor([0.45, 0.55])[:, None, None]
+    return probability, image
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_crf_on_a_grid_and_at_full_size(size: int) -> None:
+    probability, image = crf_input()
+    refined = crf.refine(probability, image, CrfConfig(cpu_size=size))
+    torch.testing.assert_close(refined.sum(0), torch.ones(24, 32))
+    # Both correct the spot and keep the edge of the image.
+    assert torch.equal(refined.argmax(0), (torch.arange(32) >= 16).long().expand(24, 32))
+    if size == 0:
+        rgb = torch.from_numpy(image).permute(2, 0, 1)[None]
+        assert torch.equal(refined, ck.dense_crf(probability[None], rgb)[0])
+
+
+def test_a_grid_as_large_as_the_image_is_the_full_size() -> None:
+    probability, image = crf_input()
+    full, grid = (crf.refine(probability, image, CrfConfig(cpu_size=size)) for size in (0, 32))
+    assert torch.equal(full, grid)
+
+
+def test_crf_says_how_it_runs() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "at most 128 pixels" in crf.describe(CrfConfig(), cpu)
+    assert crf.describe(CrfConfig(cpu_size=0), cpu) == crf.describe(CrfConfig(), gpu) == "exact, full size"
+    assert crf.describe(CrfConfig(method="lattice"), gpu) == "lattice (pydensecrf), full size"
+    with pytest.raises(UserError, match=r"crf\.method: lattice needs the package pydensecrf"):
+        crf.refine(*crf_input(), CrfConfig(method="lattice"))
 
 
 def test_pseudo_labels_threshold_and_scribbles() -> None:
