@@ -8,7 +8,7 @@
 
 namespace cc4s::random_walker {
 
-// The residual of each system, relative to its right-hand side, and the most steps to get there; as in reference.py.
+// |D^-1 r| of each system relative to |D^-1 b|, D its diagonal, and the most steps to get there; as in reference.py.
 constexpr double kTolerance = 1e-10;
 constexpr int kMaxIterations = 20000;
 

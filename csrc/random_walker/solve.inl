@@ -71,7 +71,8 @@ bool solve(const System& s, const double* b, double* solution) {
   V total{};
   for (int64_t i = 0; i < s.size; ++i) {
     for (int l = 0; l < R; ++l) set_lane(r[i], l, b[i * R + l]);
-    total += r[i] * r[i];
+    const V change = r[i] / s.diagonal[i];
+    total += change * change;
   }
   double bound[R];
   for (int l = 0; l < R; ++l) bound[l] = kTolerance * kTolerance * lane(total, l);
@@ -88,7 +89,8 @@ bool solve(const System& s, const double* b, double* solution) {
     for (int64_t i = s.first(); i < s.last(); ++i) {
       x[i] += alpha * p[i];
       r[i] -= alpha * z[i];
-      residual += r[i] * r[i];
+      const V change = r[i] / s.diagonal[i];
+      residual += change * change;
     }
     done = true;
     for (int l = 0; l < R; ++l) done = done && lane(residual, l) <= bound[l];

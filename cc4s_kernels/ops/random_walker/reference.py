@@ -13,7 +13,8 @@ FLOOR = 1e-10
 """Added to every weight, as in scikit-image: no edge of an image is cut."""
 
 TOLERANCE = 1e-10
-"""The residual of each system, relative to its right-hand side (Euclidean norms)."""
+"""|D^-1 r| of each system relative to |D^-1 b| (residual, right-hand side, diagonal; Euclidean norms): what one more
+Jacobi step would change, in units of probability."""
 
 MAX_ITERATIONS = 20000
 
@@ -75,8 +76,7 @@ def reached(weight: Tensor, seeded: Tensor) -> Tensor:
 def solve(weight: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
     """x with sum_j w_ij (x_i - x_j) = rhs_i on free pixels and x = 0 elsewhere.
 
-    Conjugate gradients with the diagonal as preconditioner, until |residual| <= `TOLERANCE` |rhs| for each right-hand
-    side.
+    Conjugate gradients with the diagonal as preconditioner, to `TOLERANCE` for each right-hand side.
 
     Args:
         weight: (B, 2, H, W) float64. rhs: (B, K, H, W), used on free pixels. free: (B, H, W) bool, each joined to a
@@ -94,13 +94,13 @@ def solve(weight: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
         return out
     w, free = weight[columns[0]], free[columns[0]][:, None]
     diagonal = neighbours(w, torch.ones_like(r)).where(free, 1)
-    bound = TOLERANCE * r.flatten(1).norm(dim=1)
     x = torch.zeros_like(r)
     z = r / diagonal
+    bound = TOLERANCE * z.flatten(1).norm(dim=1)
     p, rz = z, (r * z).sum((1, 2, 3), keepdim=True)
     for step in range(MAX_ITERATIONS):
         # Looking costs a synchronisation on a GPU.
-        if step % 16 == 0 and bool((r.flatten(1).norm(dim=1) <= bound).all()):
+        if step % 16 == 0 and bool((z.flatten(1).norm(dim=1) <= bound).all()):
             out[columns] = x[:, 0]
             return out
         a = (diagonal * p - neighbours(w, p)).where(free, 0)
