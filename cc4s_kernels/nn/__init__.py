@@ -12,10 +12,12 @@ from cc4s_kernels.nn.losses import (
     SoftEntropyLoss,
     global_counts,
 )
+from cc4s_kernels.nn.propagation import CollisionCrossEntropyLoss, RandomWalkerLoss
 from cc4s_kernels.nn.random_walk import RandomWalk2d
 from cc4s_kernels.nn.transforms import Crop, Flip
 
 __all__ = [
+    "CollisionCrossEntropyLoss",
     "ColorConstraintLoss",
     "Counts",
     "Crop",
@@ -24,6 +26,7 @@ __all__ = [
     "PartialCrossEntropyLoss",
     "PottsLoss",
     "RandomWalk2d",
+    "RandomWalkerLoss",
     "ScribbleLoss",
     "ScribbleTerms",
     "SoftEntropyLoss",
