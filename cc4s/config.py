@@ -163,7 +163,7 @@ class SelfLabelConfig(TermConfig):
     sigma_color: float = 15.0
     # Steps of mirror descent, and their size.
     steps: int = 10
-    rate: float = 0.5
+    rate: float = 0.25
 
 
 @dataclass

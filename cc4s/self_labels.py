@@ -29,8 +29,9 @@ def soft_self_labels(
 ) -> Tensor:
     """Soft labels y for fixed predictions: `label_energy` lowered by mirror descent, from y = prob.
 
-    A step multiplies y by exp(-rate * gradient per pixel) and normalises it; scribbles stay one-hot. It depends on
-    nothing but its arguments: the alternation of labels and network has no state to store.
+    A step multiplies y by exp(-rate * gradient per pixel) and normalises it; scribbles stay one-hot. A step that does
+    not lower an image's energy is not taken, and the image's rate is halved. The result depends on nothing but the
+    arguments: the alternation of labels and network has no state to store.
 
     Args:
         prob: (B, C, H, W) float32, no gradient. labels: (B, H, W) integer. rgb: (B, 3, H, W) uint8.
@@ -44,14 +45,28 @@ def soft_self_labels(
     seeds = seeds.where((seeds != ignore_index) & mask, -1)
     known = (seeds >= 0)[:, None]
     one_hot = torch.zeros_like(prob).scatter_(1, seeds.clamp(min=0)[:, None], 1.0)
-    # The energy is a mean over pixels: a step per pixel of the same size in images of all sizes.
-    rate = config.rate * mask.sum((1, 2)).to(prob.dtype)[:, None, None, None]
-    y = one_hot.where(known, prob)
-    for _ in range(config.steps):
+
+    def evaluated(y: Tensor) -> tuple[Tensor, Tensor]:
         y.requires_grad_()
         with torch.enable_grad():
-            energy = label_energy(y, prob, seeds, mask, grid, config).sum()
-        (gradient,) = torch.autograd.grad(energy, y)
-        y = (y.detach().clamp(min=1e-8).log() - rate * gradient).softmax(1)
-        y = one_hot.where(known, y)
-    return y.detach()
+            energy = label_energy(y, prob, seeds, mask, grid, config)
+        (gradient,) = torch.autograd.grad(energy.sum(), y)
+        y.requires_grad_(False)
+        return energy.detach(), gradient
+
+    def everywhere(per_image: Tensor) -> Tensor:
+        return per_image[:, None, None, None]
+
+    # The energy is a mean over pixels: a step per pixel of the same size in images of all sizes.
+    rate = config.rate * mask.sum((1, 2)).to(prob.dtype)
+    y = one_hot.where(known, prob)
+    energy, gradient = evaluated(y)
+    for _ in range(config.steps):
+        moved = (y.clamp(min=1e-8).log() - everywhere(rate) * gradient).softmax(1)
+        moved = one_hot.where(known, moved)
+        new_energy, new_gradient = evaluated(moved)
+        better = new_energy < energy
+        rate = rate.where(better, rate / 2)
+        energy = new_energy.where(better, energy)
+        y, gradient = moved.where(everywhere(better), y), new_gradient.where(everywhere(better), gradient)
+    return y

@@ -79,12 +79,15 @@ bool solve(const System& s, const double* b, double* solution) {
   V rz{}, pa{};
   precondition<R>(s, r, z, rz);
   for (int64_t i = 0; i < s.size; ++i) p[i] = z[i];
+  // A solved system stands still: its numbers would get too small to divide.
+  bool active[R];
+  for (int l = 0; l < R; ++l) active[l] = lane(total, l) > 0;
   bool done = false;
   for (int step = 0; step < kMaxIterations && !done; ++step) {
     // Nobody needs z before the next preconditioning: it holds A p.
     multiply<R>(s, p, z, pa);
     V alpha{};
-    for (int l = 0; l < R; ++l) set_lane(alpha, l, lane(pa, l) > 0 ? lane(rz, l) / lane(pa, l) : 0.0);
+    for (int l = 0; l < R; ++l) set_lane(alpha, l, active[l] && lane(pa, l) > 0 ? lane(rz, l) / lane(pa, l) : 0.0);
     V residual{};
     for (int64_t i = s.first(); i < s.last(); ++i) {
       x[i] += alpha * p[i];
@@ -93,12 +96,15 @@ bool solve(const System& s, const double* b, double* solution) {
       residual += change * change;
     }
     done = true;
-    for (int l = 0; l < R; ++l) done = done && lane(residual, l) <= bound[l];
+    for (int l = 0; l < R; ++l) {
+      active[l] = lane(residual, l) > bound[l];
+      done = done && !active[l];
+    }
     if (done) break;
     const V before = rz;
     precondition<R>(s, r, z, rz);
     V beta{};
-    for (int l = 0; l < R; ++l) set_lane(beta, l, lane(before, l) > 0 ? lane(rz, l) / lane(before, l) : 0.0);
+    for (int l = 0; l < R; ++l) set_lane(beta, l, active[l] && lane(before, l) > 0 ? lane(rz, l) / lane(before, l) : 0.0);
     for (int64_t i = s.first(); i < s.last(); ++i) p[i] = z[i] + beta * p[i];
   }
   for (int64_t i = 0; i < s.size; ++i) {

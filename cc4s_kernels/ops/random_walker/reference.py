@@ -99,18 +99,20 @@ def solve(weight: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
     bound = TOLERANCE * z.flatten(1).norm(dim=1)
     p, rz = z, (r * z).sum((1, 2, 3), keepdim=True)
     for step in range(MAX_ITERATIONS):
+        # A solved system stands still: its numbers would get too small to divide.
+        active = (z.flatten(1).norm(dim=1) > bound)[:, None, None, None]
         # Looking costs a synchronisation on a GPU.
-        if step % 16 == 0 and bool((z.flatten(1).norm(dim=1) <= bound).all()):
+        if step % 16 == 0 and not bool(active.any()):
             out[columns] = x[:, 0]
             return out
         a = (diagonal * p - neighbours(w, p)).where(free, 0)
         pa = (p * a).sum((1, 2, 3), keepdim=True)
-        alpha = (rz / pa).where(pa > 0, 0)
+        alpha = (rz / pa).where(active & (pa > 0), 0)
         x = x + alpha * p
         r = r - alpha * a
         z = r / diagonal
         rz, before = (r * z).sum((1, 2, 3), keepdim=True), rz
-        p = z + (rz / before).where(before > 0, 0) * p
+        p = z + (rz / before).where(active & (before > 0), 0) * p
     raise RuntimeError(f"random_walker: no convergence in {MAX_ITERATIONS} steps; a smaller beta makes it easier")
 
 
