@@ -71,7 +71,7 @@ def _unlabelled(batch: Batch, ignored: int) -> Tensor:
     return batch["valid"] & (batch["label"].long() == ignored)
 
 
-# One line for each peer: its key in `LossConfig`, and how its term is made from that and the label of unlabelled pixels.
+# One line for each peer: its key in `LossConfig`, and how its term is made from that and the unlabelled pixels' label.
 TERMS: dict[str, Callable[[LossConfig, int], Term]] = {
     "potts": lambda loss, ignored: _potts(loss.potts),
     "rawks": lambda loss, ignored: _random_walker(

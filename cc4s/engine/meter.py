@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -14,11 +15,9 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _RESET.exists():
-        try:
+        # Some containers forbid it: the mark is then that of the whole process.
+        with contextlib.suppress(OSError):
             _RESET.write_text("5")
-        except OSError:
-            # Some containers forbid it: the mark is then that of the whole process.
-            pass
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

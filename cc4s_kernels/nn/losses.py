@@ -484,7 +484,7 @@ class PottsLoss(BatchLoss):
         elif not isinstance(graph_or_grid, PixelGrid):
             raise TypeError(f"graph_or_grid: got {describe(graph_or_grid)}, expected a SuperpixelGraph or a PixelGrid")
         else:
-            prob = upsampled_logits(logits, graph_or_grid.weight.shape[2:], self.align_corners).softmax(1)
+            prob = upsampled_probabilities(logits, graph_or_grid.weight.shape[2:], self.align_corners)
         energy = potts(prob, graph_or_grid, relaxation=self.relaxation, norm=self.norm)
         return reduce(energy, torch.ones_like(energy), self.reduction, normalizer)
 
@@ -496,11 +496,11 @@ class PottsLoss(BatchLoss):
         return f"relaxation={self.relaxation!r}, norm={self.norm!r}, reduction={self.reduction!r}"
 
 
-def upsampled_logits(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+def upsampled_probabilities(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """(B, C, H, W) in the accumulation dtype."""
     with without_autocast(logits.device):
         logits = logits.to(accumulation_dtype(logits.dtype))
-        return interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
+        return interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners).softmax(1)
 
 
 class Counts(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels._validation import INTEGER_DTYPES, check_number, check_shape, check_tensor
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
-from cc4s_kernels.nn.losses import check_mask, upsampled_logits
+from cc4s_kernels.nn.losses import check_mask, upsampled_probabilities
 from cc4s_kernels.ops.potts.reference import negative_log
 from cc4s_kernels.ops.random_walker import random_walker
 
@@ -56,7 +56,7 @@ class CollisionCrossEntropyLoss(BatchLoss):
         check_tensor("target", target, dims="(B, C, H, W)", floating=True, device=logits.device)
         check_shape("target", target, (*logits.shape[:2], *target.shape[2:]), "the batch and classes of logits")
         counted = self._counted(target, mask)
-        prob = upsampled_logits(logits, target.shape[2:], self.align_corners).softmax(1)
+        prob = upsampled_probabilities(logits, target.shape[2:], self.align_corners)
         with without_autocast(logits.device):
             value = negative_log((prob * target.to(prob.dtype)).sum(1)).where(counted, 0)
         return reduce(value.sum((1, 2)), counted.sum((1, 2), dtype=value.dtype), self.reduction, normalizer)
@@ -126,9 +126,7 @@ class RandomWalkerLoss(BatchLoss):
         """The soft labels (B, C, ceil(H / stride), ceil(W / stride)) of `forward`; all 0 = none."""
         if self.stride > 1:
             image, labels, mask = _cells(image, labels, mask, self.stride, self.ignore_index)
-        return random_walker(
-            image, labels, num_classes, beta=self.beta, mask=mask, ignore_index=self.ignore_index
-        )
+        return random_walker(image, labels, num_classes, beta=self.beta, mask=mask, ignore_index=self.ignore_index)
 
     def forward(
         self,
@@ -159,11 +157,16 @@ class RandomWalkerLoss(BatchLoss):
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
         check_tensor("image", image, dims="(B, any, H, W)")
         check_mask(mask, labels.shape, labels.device)
-        target = self.propagate(image, labels, logits.shape[1], mask).to(accumulation_dtype(logits.dtype))
-        prediction = upsampled_logits(logits, target.shape[2:], self.align_corners)
+        dtype = accumulation_dtype(logits.dtype)
+        target = self.propagate(image, labels, logits.shape[1], mask).to(dtype)
         with without_autocast(logits.device):
+            prediction = interpolate(
+                logits.to(dtype), target.shape[2:], mode="bilinear", align_corners=self.align_corners
+            )
             reached = target.detach().sum(1) > 0.5
-            confidence = torch.exp(-self.alpha * torch.special.entr(target).sum(1))
+            # The derivative of t ln t is infinite at 0: it must not see it.
+            entropy = -(target * target.clamp(min=1e-12).log()).sum(1)
+            confidence = torch.exp(-self.alpha * entropy)
             cross_entropy = -(target * prediction.log_softmax(1)).sum(1)
             sums = (confidence * cross_entropy).where(reached, 0).sum((1, 2))
             energy = divide(sums, reached.sum((1, 2), dtype=sums.dtype))

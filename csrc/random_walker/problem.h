@@ -9,7 +9,7 @@
 namespace cc4s::random_walker {
 
 // |D^-1 r| of each system relative to |D^-1 b|, D its diagonal, and the most steps to get there; as in reference.py.
-constexpr double kTolerance = 1e-10;
+constexpr double kTolerance = 1e-14;
 constexpr int kMaxIterations = 20000;
 
 // Where an element is: weight [B, 2, H, W], prob [B, C, H, W]; seeds [B, H, W] have no second axis.

@@ -79,6 +79,8 @@ bool solve(const System& s, const double* b, double* solution) {
   V rz{}, pa{};
   precondition<R>(s, r, z, rz);
   for (int64_t i = 0; i < s.size; ++i) p[i] = z[i];
+  // What is not finite stays so.
+  for (int64_t i = 0; i < s.size; ++i) x[i] = 0.0 * total;
   // A solved system stands still: its numbers would get too small to divide.
   bool active[R];
   for (int l = 0; l < R; ++l) active[l] = lane(total, l) > 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -34,9 +35,7 @@ def test_every_term_has_a_module_and_a_method() -> None:
 
 
 def test_urss_is_the_rung_without_pseudo_labels() -> None:
-    assert (
-        load_config("voc2012", ["method=urss"]).stages == load_config("voc2012", ["method=consistency"]).stages
-    )
+    assert load_config("voc2012", ["method=urss"]).stages == load_config("voc2012", ["method=consistency"]).stages
 
 
 def tiny_batch() -> dict[str, Any]:
@@ -106,7 +105,7 @@ def test_soft_self_labels() -> None:
         assert (y.amax(1)[known] == 1).all()
         energies.append(label_energy(y, prob, seeds, batch["valid"], grid, config))
         potts.append(ck.potts(y, grid, relaxation=config.relaxation))
-    for before, after in zip(energies, energies[1:], strict=False):
+    for before, after in itertools.pairwise(energies):
         assert (after <= before).all()
     assert (energies[3] < 0.9 * energies[0]).all()
     assert (potts[-1] < potts[0]).all()

@@ -12,9 +12,10 @@ from cc4s_kernels.ops.potts.grid import PixelGrid, masked
 FLOOR = 1e-10
 """Added to every weight, as in scikit-image: no edge of an image is cut."""
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-14
 """|D^-1 r| of each system relative to |D^-1 b| (residual, right-hand side, diagonal; Euclidean norms): what one more
-Jacobi step would change, in units of probability."""
+Jacobi step would change, in units of probability. So small because a region whose edges to the rest have the weight w
+has an error of up to this over w."""
 
 MAX_ITERATIONS = 20000
 
@@ -94,9 +95,10 @@ def solve(weight: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
         return out
     w, free = weight[columns[0]], free[columns[0]][:, None]
     diagonal = neighbours(w, torch.ones_like(r)).where(free, 1)
-    x = torch.zeros_like(r)
     z = r / diagonal
     bound = TOLERANCE * z.flatten(1).norm(dim=1)
+    # What is not finite stays so.
+    x = torch.zeros_like(r) + 0 * bound[:, None, None, None]
     p, rz = z, (r * z).sum((1, 2, 3), keepdim=True)
     for step in range(MAX_ITERATIONS):
         # A solved system stands still: its numbers would get too small to divide.
