@@ -9,7 +9,8 @@
 namespace cc4s::random_walker {
 
 // |D^-1 r| of each system relative to |D^-1 b|, D its diagonal, and the most steps to get there; as in reference.py.
-constexpr double kTolerance = 1e-14;
+// After the last step as much as kAccepted will do.
+constexpr double kTolerance = 1e-14, kAccepted = 1e-3;
 constexpr int kMaxIterations = 20000;
 
 // Where an element is: weight [B, 2, H, W], prob [B, C, H, W]; seeds [B, H, W] have no second axis.

@@ -74,8 +74,11 @@ bool solve(const System& s, const double* b, double* solution) {
     const V change = r[i] / s.diagonal[i];
     total += change * change;
   }
-  double bound[R];
-  for (int l = 0; l < R; ++l) bound[l] = kTolerance * kTolerance * lane(total, l);
+  double bound[R], accepted[R];
+  for (int l = 0; l < R; ++l) {
+    bound[l] = kTolerance * kTolerance * lane(total, l);
+    accepted[l] = kAccepted * kAccepted * lane(total, l);
+  }
   V rz{}, pa{};
   precondition<R>(s, r, z, rz);
   for (int64_t i = 0; i < s.size; ++i) p[i] = z[i];
@@ -84,7 +87,7 @@ bool solve(const System& s, const double* b, double* solution) {
   // A solved system stands still: its numbers would get too small to divide.
   bool active[R];
   for (int l = 0; l < R; ++l) active[l] = lane(total, l) > 0;
-  bool done = false;
+  bool done = false, converged = false;
   for (int step = 0; step < kMaxIterations && !done; ++step) {
     // Nobody needs z before the next preconditioning: it holds A p.
     multiply<R>(s, p, z, pa);
@@ -98,9 +101,11 @@ bool solve(const System& s, const double* b, double* solution) {
       residual += change * change;
     }
     done = true;
+    converged = true;
     for (int l = 0; l < R; ++l) {
       active[l] = lane(residual, l) > bound[l];
       done = done && !active[l];
+      converged = converged && !(lane(residual, l) > accepted[l]);
     }
     if (done) break;
     const V before = rz;
@@ -112,7 +117,7 @@ bool solve(const System& s, const double* b, double* solution) {
   for (int64_t i = 0; i < s.size; ++i) {
     for (int l = 0; l < R; ++l) solution[i * R + l] = lane(x[i], l);
   }
-  return done;
+  return converged;
 }
 
 inline bool solve_lanes(const System& s, int lanes, const double* b, double* x) {
