@@ -57,7 +57,7 @@ def on_backend(name: str) -> Callable[[Case, torch.device], Run]:
         def run() -> Sequence[Tensor]:
             with ck.use_backend(name):
                 prob = ck.random_walker(image, seeds, case.size["C"], beta=BETA)
-            return (prob, *(torch.autograd.grad(prob.square().sum(), image) if backward else ()))
+            return (prob.detach(), *(torch.autograd.grad(prob.square().sum(), image) if backward else ()))
 
         return run
 
