@@ -1,4 +1,4 @@
-"""The command line: cc4s run | train | evaluate | predict | export | pseudo-label | scribble | demo | ladder."""
+"""The command line: cc4s run, train, evaluate, predict, export, pseudo-label, scribble, demo, ladder, compare."""
 
 from __future__ import annotations
 
@@ -201,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help="pce, rw, entropy, consistency, pseudo, cc4s, full, released, aspp",
     )
+
+    compare = add("compare", _compare, "Methods side by side: score, images per second, peak memory; resumable.")
+    _add_recipe(compare)
+    _add_run_options(compare)
+    compare.add_argument(
+        "--methods", type=_names, required=True, metavar="NAME,...", help="values of method=, such as pce,potts,cc4s"
+    )
+    compare.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per method and seed")
     return parser
 
 
@@ -311,6 +319,29 @@ def _ladder(arguments: argparse.Namespace) -> None:
         from cc4s.report import ladder_markdown
 
         print(ladder_markdown(ladder))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from cc4s.engine.comparison import run_comparison
+
+    recipe, overrides = _split_words(arguments.words)
+    assert recipe is not None
+    _need_data(_config(arguments))
+    comparison = run_comparison(
+        recipe,
+        _default_out(arguments),
+        methods=arguments.methods,
+        seeds=arguments.seeds,
+        overrides=overrides,
+        data__root=arguments.data,
+        budget=arguments.budget,
+        device=arguments.device,
+        kernels=arguments.kernels,
+    )
+    if comparison:
+        from cc4s.report.comparison import comparison_markdown
+
+        print(comparison_markdown(comparison))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from cc4s.errors import UserError
 from cc4s_kernels.ops.potts import RELAXATIONS
 
 DATASETS = ("voc2012", "pascal_context", "acdc", "msrc21", "folder", "synthetic")
-METHODS = ("cc4s", "pce", "rw", "entropy", "consistency", "pseudo", "full")
+METHODS = ("cc4s", "pce", "rw", "entropy", "consistency", "pseudo", "full", "urss", "potts", "rawks", "selflabel")
 PRESETS = ("clean", "released")
 BUDGETS = ("smoke", "short", "full")
 KERNELS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -124,6 +124,49 @@ class ConsistencyConfig:
 
 
 @dataclass
+class TermConfig:
+    """A peer's loss term (docs/methods.md); which stages have it is up to them."""
+
+    weight: float = 1.0
+
+
+@dataclass
+class PottsConfig(TermConfig):
+    """Potts energy of the prediction on the pixel grid with Gaussian colour weights."""
+
+    relaxation: str = "quadratic"
+    # 4 | 8
+    connectivity: int = 8
+    # In 8-bit levels.
+    sigma_color: float = 15.0
+
+
+@dataclass
+class RandomWalkerConfig(TermConfig):
+    """Cross-entropy against scribbles that random walkers propagate."""
+
+    beta: float = 130.0
+    # How fast the weight of a pixel falls with the entropy of its label.
+    alpha: float = 1.0
+    # The walk is on cells of so many pixels a side: 16 times less work.
+    stride: int = 4
+
+
+@dataclass
+class SelfLabelConfig(TermConfig):
+    """Collision cross-entropy against soft labels that are made anew from every prediction."""
+
+    # Weight of the Potts energy of the labels.
+    potts: float = 1.0
+    relaxation: str = "collision_divergence"
+    connectivity: int = 8
+    sigma_color: float = 15.0
+    # Steps of mirror descent, and their size.
+    steps: int = 10
+    rate: float = 0.25
+
+
+@dataclass
 class LossConfig:
     """Weights of the loss terms; which terms are on is up to each stage."""
 
@@ -139,6 +182,14 @@ class LossConfig:
     # sum | frobenius
     color_norm: str = "sum"
     relaxation: str = "quadratic"
+    # Terms of peers, each under its own name.
+    potts: PottsConfig = field(default_factory=PottsConfig)
+    rawks: RandomWalkerConfig = field(default_factory=RandomWalkerConfig)
+    selflabel: SelfLabelConfig = field(default_factory=SelfLabelConfig)
+
+
+PEER_TERMS = tuple(name for name, value in vars(LossConfig()).items() if isinstance(value, TermConfig))
+"""Names of the peers' loss terms: keys of `LossConfig`, and words of a stage's losses."""
 
 
 @dataclass
@@ -150,7 +201,7 @@ class StageConfig:
     init: str = "backbone"
     # scribbles | pseudo | masks
     labels: str = "scribbles"
-    # Any of: entropy, consistency, color. Cross-entropy is always on.
+    # Any of: entropy, consistency, color, and peers' terms (PEER_TERMS). Cross-entropy is always on.
     losses: list[str] = field(default_factory=list)
     random_walk: bool = True
     lr: float = 1e-3
@@ -411,6 +462,10 @@ def validate(config: Config) -> None:
     _check_choice("loss.relaxation", config.loss.relaxation, RELAXATIONS)
     _check_choice("loss.color_norm", config.loss.color_norm, ("sum", "frobenius"))
     _check_choice("crf.method", config.crf.method, ("exact", "lattice"))
+    for term in ("potts", "selflabel"):
+        _check_choice(f"loss.{term}.relaxation", getattr(config.loss, term).relaxation, RELAXATIONS)
+        if getattr(config.loss, term).connectivity not in (4, 8):
+            raise UserError(f"key loss.{term}.connectivity: expected 4 or 8")
     for transform in consistency.transforms:
         _check_choice("loss.consistency.transforms", transform, ("flip", "crop", "bands"))
     for key, low, high in _RANGES:
@@ -473,6 +528,14 @@ _RANGES: list[tuple[str, float, float]] = [
     ("loss.consistency.kl", 0, 1e6),
     ("loss.consistency.trace", 0, 1e6),
     ("loss.consistency.crop_shares", 0.1, 1),
+    *((f"loss.{name}.weight", 0.0, 1e6) for name in PEER_TERMS),
+    *((f"loss.{name}.sigma_color", 1e-3, 1e6) for name in ("potts", "selflabel")),
+    ("loss.rawks.beta", 0, 1e6),
+    ("loss.rawks.alpha", 0, 1e6),
+    ("loss.rawks.stride", 1, 64),
+    ("loss.selflabel.potts", 0, 1e6),
+    ("loss.selflabel.steps", 0, 10000),
+    ("loss.selflabel.rate", 1e-6, 1e3),
     ("train.batch_size", 1, 65536),
     ("train.accumulate", 1, 65536),
     ("train.epochs", 1, 1000000),
@@ -512,7 +575,7 @@ def _validate_stages(stages: list[StageConfig], head: str) -> None:
                 f"key {key}.labels: got 'pseudo' in the first stage, expected an earlier stage to make them"
             )
         for loss in stage.losses:
-            _check_choice(f"{key}.losses", loss, ("entropy", "consistency", "color"))
+            _check_choice(f"{key}.losses", loss, ("entropy", "consistency", "color", *PEER_TERMS))
         if "consistency" in stage.losses and (not stage.random_walk or head != "cc4s"):
             raise UserError(
                 f"key {key}.losses: consistency needs the random walk (random_walk: true, model.head: cc4s)"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+import cc4s_kernels as ck
 import cc4s_kernels.nn as ckn
-from cc4s.config import Config, StageConfig
+from cc4s.config import PEER_TERMS, Config, LossConfig, PottsConfig, SelfLabelConfig, StageConfig
 from cc4s.data import ignore_index
 from cc4s.models import frozen_statistics
-from cc4s.models.segmenter import cell_mask
+from cc4s.models.segmenter import SegmenterOutput, cell_mask
+from cc4s.self_labels import soft_self_labels
 from cc4s.transforms import STRIDE, ImageTransform
 
 Batch = dict[str, Any]
@@ -25,10 +28,61 @@ class GlobalCounts(NamedTuple):
     scribble: ckn.Counts
     # Valid positions that both views share (images in the released reduction); 0 without consistency.
     positions: Tensor
+    # Pixels without a label.
+    unlabelled: Tensor
+
+
+# A peer's term, from the network's output, the batch, and what its mean divides by.
+Term = Callable[[SegmenterOutput, Batch, GlobalCounts], Tensor]
+
+
+def _potts(config: PottsConfig) -> Term:
+    loss = ckn.PottsLoss(config.relaxation)
+
+    def term(output: SegmenterOutput, batch: Batch, counts: GlobalCounts) -> Tensor:
+        grid = ck.gaussian_grid(
+            batch["rgb"], sigma_color=config.sigma_color, connectivity=config.connectivity, mask=batch["valid"]
+        )
+        return loss(output.logits, grid, normalizer=counts.scribble.images)
+
+    return term
+
+
+def _random_walker(loss: ckn.RandomWalkerLoss) -> Term:
+    return lambda output, batch, counts: loss(
+        output.logits, batch["label"], batch["rgb"], batch["valid"], normalizer=counts.scribble.images
+    )
+
+
+def _self_labels(config: SelfLabelConfig, ignored: int) -> Term:
+    loss = ckn.CollisionCrossEntropyLoss()
+
+    def term(output: SegmenterOutput, batch: Batch, counts: GlobalCounts) -> Tensor:
+        label, mask = batch["label"], batch["valid"]
+        logits = output.logits.detach().float()
+        prob = interpolate(logits, label.shape[1:], mode="bilinear", align_corners=True).softmax(1)
+        target = soft_self_labels(prob, label, batch["rgb"], mask, config, ignored)
+        return loss(output.logits, target, _unlabelled(batch, ignored), normalizer=counts.unlabelled)
+
+    return term
+
+
+def _unlabelled(batch: Batch, ignored: int) -> Tensor:
+    return batch["valid"] & (batch["label"].long() == ignored)
+
+
+# One line for each peer: its key in `LossConfig`, and how its term is made from that and the unlabelled pixels' label.
+TERMS: dict[str, Callable[[LossConfig, int], Term]] = {
+    "potts": lambda loss, ignored: _potts(loss.potts),
+    "rawks": lambda loss, ignored: _random_walker(
+        ckn.RandomWalkerLoss(loss.rawks.beta, loss.rawks.alpha, stride=loss.rawks.stride, ignore_index=ignored)
+    ),
+    "selflabel": lambda loss, ignored: _self_labels(loss.selflabel, ignored),
+}
 
 
 class StageLoss(nn.Module):
-    """Cross-entropy, and entropy, colour and consistency where the stage has them.
+    """Cross-entropy, and entropy, colour, consistency and the terms of peers where the stage has them.
 
     Args:
         config: of the run; its `loss`, `augment.crop`, `model.shrink` and `model.mask_padding`.
@@ -39,6 +93,7 @@ class StageLoss(nn.Module):
     def __init__(self, config: Config, stage: StageConfig, num_classes: int) -> None:
         super().__init__()
         loss, consistency = config.loss, config.loss.consistency
+        self.ignored = ignore_index(num_classes)
         self.has_entropy = "entropy" in stage.losses
         self.has_color = "color" in stage.losses and loss.color > 0
         self.skip_boundaries = self.has_entropy and loss.entropy_skip_boundaries
@@ -54,8 +109,13 @@ class StageLoss(nn.Module):
             compactness=loss.compactness,
             norm=loss.color_norm,
             relaxation=loss.relaxation,
-            ignore_index=ignore_index(num_classes),
+            ignore_index=self.ignored,
         )
+        self.peers = {
+            name: (getattr(loss, name).weight, TERMS[name](loss, self.ignored))
+            for name in PEER_TERMS
+            if name in stage.losses
+        }
         self.consistency: ckn.EigenspaceConsistencyLoss | None = None
         if "consistency" in stage.losses:
             self.consistency = ckn.EigenspaceConsistencyLoss(
@@ -75,8 +135,8 @@ class StageLoss(nn.Module):
         total = torch.stack(
             [self._counts(batch, transform) for batch, transform in zip(micro, transforms, strict=True)]
         )
-        labelled, weight, images, positions = ckn.global_count(total.sum(0)).unbind()
-        return GlobalCounts(ckn.Counts(labelled, weight, images), positions)
+        labelled, weight, images, positions, unlabelled = ckn.global_count(total.sum(0)).unbind()
+        return GlobalCounts(ckn.Counts(labelled, weight, images), positions, unlabelled)
 
     def _counts(self, batch: Batch, transform: ImageTransform | None) -> Tensor:
         counts = self.scribble.counts(batch["label"], batch["rgb"], **self._maps(batch))
@@ -85,7 +145,8 @@ class StageLoss(nn.Module):
             mask = self._cells(batch["valid"])
             shape = mask if mask is not None else batch["valid"].new_ones(len(batch["valid"]), self.grid, self.grid)
             positions = self.consistency.count(shape.flatten(1)[..., None], transform=transform.cells, mask=mask)
-        return torch.stack([*map(torch.as_tensor, counts), positions])
+        unlabelled = _unlabelled(batch, self.ignored).sum(dtype=torch.float32)
+        return torch.stack([*map(torch.as_tensor, counts), positions, unlabelled])
 
     def _maps(self, batch: Batch) -> dict[str, Tensor | None]:
         """Superpixels, entropy weight and mask, for the scribble terms."""
@@ -132,6 +193,10 @@ class StageLoss(nn.Module):
             terms["entropy"] = scribble.entropy.detach()
         if self.has_color:
             terms["color"] = scribble.color.detach()
+        for name, (weight, term) in self.peers.items():
+            value = term(output, batch, counts)
+            terms["loss"] = terms["loss"] + weight * value
+            terms[name] = value.detach()
         if self.consistency is not None and transform is not None:
             bare = network if target is None else target
             statistics = nullcontext() if self.update_statistics else frozen_statistics(bare)

@@ -15,6 +15,7 @@ from cc4s_kernels.ops.gated_crf import gated_crf
 from cc4s_kernels.ops.neural_eigenspace import NeuralEigenspace, neural_eigenspace
 from cc4s_kernels.ops.potts import PixelGrid, gaussian_grid, pixel_grid, potts
 from cc4s_kernels.ops.random_walk import random_walk
+from cc4s_kernels.ops.random_walker import random_walker
 from cc4s_kernels.ops.slic import slic
 from cc4s_kernels.ops.superpixel_boundaries import superpixel_boundaries
 from cc4s_kernels.ops.transition_consistency import TransitionConsistency, transition_consistency
@@ -43,6 +44,7 @@ __all__ = [
     "pixel_grid",
     "potts",
     "random_walk",
+    "random_walker",
     "slic",
     "superpixel_boundaries",
     "transition_consistency",

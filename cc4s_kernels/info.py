@@ -41,6 +41,7 @@ OPS = (
     "gated_crf",
     "tree_filter",
     "bilateral_filter",
+    "random_walker",
 )
 
 
@@ -390,6 +391,29 @@ def _affinity_error(outputs: Sequence[Array], image: Array, superpixels: Array, 
     return _distance([weight[0, : num_edges[0]]], [np.array(list(expected.values()))])
 
 
+def _walker_inputs() -> Inputs:
+    seeds = torch.full((1, 5, 6), 255)
+    seeds[0, 0, 1], seeds[0, 4, 4], seeds[0, 2, 5] = 0, 1, 2
+    return (0.2 * _random(1, 2, 5, 6, seed=7), seeds, 3), {}
+
+
+def _walker(image: Array, seeds: Array, num_classes: int) -> tuple[Array, ...]:
+    """With a dense Laplacian."""
+    height, width = seeds.shape[1:]
+    number = np.arange(height * width).reshape(height, width)
+    values, laplacian = image[0].reshape(len(image[0]), -1), np.zeros((number.size, number.size))
+    for one, other in ((number[:, 1:], number[:, :-1]), (number[1:], number[:-1])):
+        i, j = one.ravel(), other.ravel()
+        squares = ((values[:, i] - values[:, j]) ** 2).sum(0)
+        w = np.exp(-130 / (10 * values.std() * np.sqrt(len(values))) * squares) + 1e-10
+        laplacian[i, j] = laplacian[j, i] = -w
+    np.fill_diagonal(laplacian, -laplacian.sum(1))
+    known = seeds.ravel() != 255
+    prob = (seeds.reshape(-1, 1) == np.arange(num_classes)).astype(np.float64)
+    prob[~known] = np.linalg.solve(laplacian[~known][:, ~known], -laplacian[~known][:, known] @ prob[known])
+    return (prob.T.reshape(1, num_classes, height, width),)
+
+
 class Check(NamedTuple):
     """A self-test of one op.
 
@@ -426,6 +450,7 @@ CHECKS = (
     Check("gated_crf", _gated_inputs, _against(_gated), (0,)),
     Check("tree_filter", _tree_inputs, _against(_tree), (0, 1)),
     Check("bilateral_filter", _bilateral_inputs, _against(_bilateral), (0,)),
+    Check("random_walker", _walker_inputs, _against(_walker), (0,)),
 )
 
 

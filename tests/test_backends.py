@@ -176,6 +176,7 @@ def test_every_op_has_a_reference():
         "neural_eigenspace",
         "potts",
         "random_walk",
+        "random_walker",
         "slic",
         "superpixel_boundaries",
         "transition_consistency",

@@ -60,7 +60,7 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert subprocess.run([*words, *options], env=environment(), check=False).returncode == 0, command
             continue
         assert words[0] == "cc4s", command
-        if words[1] in ("run", "train", "ladder", "demo"):
+        if words[1] in ("run", "train", "ladder", "compare", "demo"):
             words += TINY
         assert main(words[1:]) == 0, command
 

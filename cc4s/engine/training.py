@@ -18,6 +18,7 @@ from cc4s import transforms
 from cc4s.config import Config, StageConfig
 from cc4s.data import Dataset, StepSampler, TrainingSet, worker_init
 from cc4s.engine import checkpoint
+from cc4s.engine.meter import peak_memory_mb, reset_peak_memory
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, derive_seed, seed_everything
 from cc4s.errors import UserError
@@ -138,10 +139,14 @@ class StageTraining:
         began = time.perf_counter()
         if runtime.is_main and start < self.steps:
             self.folder.log(event="start", stage=self.stage.name, step=start, steps=self.steps)
+        reset_peak_memory(runtime.device)
+        warm = began
         for step in bar:
             terms, norm, lr = self._step(network, module, optimizer, batches, step)
             average.update(network)
             done = step + 1
+            if done == start + 1:
+                warm = time.perf_counter()
             save = done % train.checkpoint_every == 0 and done < self.steps
             if done % train.log_every == 0 or done == self.steps or save:
                 values = {name: value.item() for name, value in terms.items()}
@@ -167,6 +172,15 @@ class StageTraining:
                 content = self._content(network)
                 content |= {"optimizer": optimizer.state_dict(), "average": average.state(), "step": done}
                 checkpoint.save(self.folder.running, content)
+        if runtime.is_main and start < self.steps:
+            # Without the first step, which warms up.
+            self.folder.log(
+                event="trained",
+                stage=self.stage.name,
+                images=(self.steps - start - 1) * train.batch_size,
+                seconds=round(time.perf_counter() - warm, 4),
+                peak_memory_mb=peak_memory_mb(runtime.device),
+            )
 
     def _step(
         self, network: nn.Module, module: Any, optimizer: Any, batches: Iterator[Batch], step: int

@@ -14,11 +14,13 @@ from cc4s_kernels.nn.losses import (
     SoftEntropyLoss,
     global_counts,
 )
+from cc4s_kernels.nn.propagation import CollisionCrossEntropyLoss, RandomWalkerLoss
 from cc4s_kernels.nn.random_walk import RandomWalk2d
 from cc4s_kernels.nn.transforms import Crop, Flip
 from cc4s_kernels.nn.tree_energy import TreeEnergyLoss
 
 __all__ = [
+    "CollisionCrossEntropyLoss",
     "ColorConstraintLoss",
     "Counts",
     "Crop",
@@ -31,6 +33,7 @@ __all__ = [
     "PartialCrossEntropyLoss",
     "PottsLoss",
     "RandomWalk2d",
+    "RandomWalkerLoss",
     "ScribbleLoss",
     "ScribbleTerms",
     "SoftEntropyLoss",

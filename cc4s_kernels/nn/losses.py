@@ -49,7 +49,7 @@ def _class_weight_buffer(value: Tensor | Sequence[float] | None) -> Tensor | Non
     return weight.detach().clone()
 
 
-def _check_mask(mask: Tensor | None, size: Sequence[int], device: torch.device) -> None:
+def check_mask(mask: Tensor | None, size: Sequence[int], device: torch.device) -> None:
     if mask is not None:
         check_tensor("mask", mask, dims="(B, H, W)", dtypes=(torch.bool,), device=device)
         check_shape("mask", mask, size, "one value for each pixel")
@@ -169,7 +169,7 @@ class PartialCrossEntropyLoss(BatchLoss):
         """
         normalizer = self._given_or_own(normalizer)
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        _check_mask(mask, labels.shape, labels.device)
+        check_mask(mask, labels.shape, labels.device)
         out = upsample_losses(
             logits,
             _ignore_outside(labels, mask, self.ignore_index),
@@ -182,7 +182,7 @@ class PartialCrossEntropyLoss(BatchLoss):
     def count(self, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """What "mean" divides by, for these labels: 0-d float32, local."""
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        _check_mask(mask, labels.shape, labels.device)
+        check_mask(mask, labels.shape, labels.device)
         return _labelled_count(labels, mask, self.ignore_index, self.class_weight)
 
     def extra_repr(self) -> str:
@@ -253,7 +253,7 @@ class SoftEntropyLoss(BatchLoss):
     def _map(weight: Tensor | None, superpixels: Tensor | None, mask: Tensor | None) -> Tensor | None:
         for m in (weight, superpixels):
             if m is not None:
-                _check_mask(mask, m.shape, m.device)
+                check_mask(mask, m.shape, m.device)
         return _entropy_weight(weight, _inside(superpixels, mask), mask)
 
     def count(
@@ -383,7 +383,7 @@ class ColorConstraintLoss(BatchLoss):
         normalizer = self._given_or_own(normalizer)
         image = _rgb(image)
         size = (image.shape[0], *image.shape[2:])
-        _check_mask(mask, size, image.device)
+        check_mask(mask, size, image.device)
         if superpixels is None:
             superpixels = self.regions.segment(image, mask)
         else:
@@ -695,7 +695,7 @@ class ScribbleLoss(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The checked uint8 image, and superpixels (for the colour term always) with -1 outside the mask."""
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        _check_mask(mask, labels.shape, labels.device)
+        check_mask(mask, labels.shape, labels.device)
         if self.color > 0:
             if image is None:
                 raise ValueError(f"image: got None, expected (B, 3, H, W) as color={self.color}")

@@ -311,7 +311,7 @@ def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "crop: 465" in printed
     for words in (
         ["--help"],
-        *([name, "--help"] for name in ("run", "train", "evaluate", "predict", "ladder", "demo")),
+        *([name, "--help"] for name in ("run", "train", "evaluate", "predict", "ladder", "compare", "demo")),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)

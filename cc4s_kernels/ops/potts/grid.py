@@ -49,7 +49,7 @@ def _directions(connectivity: int) -> int:
     return connectivity // 2
 
 
-def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """weight with 0 for each pair that has a pixel outside mask (B, H, W)."""
     keep = torch.zeros((mask.shape[0], *weight.shape[1:]), dtype=torch.bool, device=weight.device)
     for direction in range(weight.shape[1]):
@@ -104,7 +104,7 @@ def pixel_grid(
         _check_mask(mask, height, width, weight.device)
         if weight.shape[0] not in (1, mask.shape[0]):
             raise ValueError(f"mask: got {describe(mask)}, expected the batch of weight {tuple(weight.shape)}")
-        weight = _masked(weight, mask)
+        weight = masked(weight, mask)
     return PixelGrid(weight)
 
 
@@ -148,7 +148,7 @@ def gaussian_grid(
         sides = (missing, 0) if OFFSETS[direction][1] < 0 else (0, missing)
         weight.append(torch.nn.functional.pad(w, (*sides, 0, height - w.shape[1])))
     stacked = torch.stack(weight, 1)
-    return PixelGrid(stacked if mask is None else _masked(stacked, mask))
+    return PixelGrid(stacked if mask is None else masked(stacked, mask))
 
 
 def check_weight(name: str, weight: Tensor) -> None:

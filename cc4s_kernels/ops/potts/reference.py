@@ -22,7 +22,7 @@ RELAXATIONS = (
 NORMS = ("sum", "frobenius", "none")
 
 
-def _negative_log(x: Tensor) -> Tensor:
+def negative_log(x: Tensor) -> Tensor:
     """-ln(eps + (1 - eps) x) >= 0 for x in [0, 1] up to rounding."""
     return -torch.log(EPS + (1 - EPS) * x.clamp(0, 1))
 
@@ -45,11 +45,11 @@ def relax(p: Tensor, q: Tensor, relaxation: str, dim: int) -> Tensor:
     if relaxation == "normalized_quadratic":
         return 1 - _cosine(p, q, dim)
     if relaxation == "collision_cross_entropy":
-        return _negative_log((p * q).sum(dim))
+        return negative_log((p * q).sum(dim))
     if relaxation == "collision_divergence":
-        return _negative_log(_cosine(p, q, dim))
+        return negative_log(_cosine(p, q, dim))
     # log_quadratic: 1 - |p - q|^2 / 2 on the simplex, as sums of terms that are not negative.
-    return _negative_log((p * q).sum(dim) + (p * (1 - p)).sum(dim) / 2 + (q * (1 - q)).sum(dim) / 2)
+    return negative_log((p * q).sum(dim) + (p * (1 - p)).sum(dim) / 2 + (q * (1 - q)).sum(dim) / 2)
 
 
 def _graph_terms(prob: Tensor, graph: SuperpixelGraph, relaxation: str) -> tuple[Tensor, Tensor]:
