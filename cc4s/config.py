@@ -21,7 +21,24 @@ from cc4s.errors import UserError
 from cc4s_kernels.ops.potts import RELAXATIONS
 
 DATASETS = ("voc2012", "pascal_context", "acdc", "msrc21", "folder", "synthetic")
-METHODS = ("cc4s", "pce", "rw", "entropy", "consistency", "pseudo", "full", "urss", "potts", "rawks", "selflabel")
+METHODS = (
+    "cc4s",
+    "pce",
+    "rw",
+    "entropy",
+    "consistency",
+    "pseudo",
+    "full",
+    "urss",
+    "potts",
+    "rawks",
+    "selflabel",
+    "densecrf",
+    "ncl",
+    "kcl",
+    "gatedcrf",
+    "tel",
+)
 PRESETS = ("clean", "released")
 BUDGETS = ("smoke", "short", "full")
 KERNELS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -167,6 +184,61 @@ class SelfLabelConfig(TermConfig):
 
 
 @dataclass
+class DenseConfig(TermConfig):
+    """The bilateral kernel of all pairs of pixels, at a share of the image's size."""
+
+    # In pixels and in 8-bit levels.
+    sigma_xy: float = 100.0
+    sigma_rgb: float = 15.0
+    scale: float = 0.5
+
+
+@dataclass
+class DenseCRFConfig(DenseConfig):
+    """Energy of a dense CRF per pixel."""
+
+    # The released weight, 2e-9 of a sum over pixels, for half a crop of 465.
+    weight: float = 1e-4
+
+
+@dataclass
+class NormalizedCutConfig(DenseConfig):
+    """Normalised cut."""
+
+    weight: float = 0.1
+
+
+@dataclass
+class KernelCutConfig(DenseConfig):
+    """Normalised cut and dense CRF."""
+
+    weight: float = 0.1
+    normalized_cut: float = 1.0
+    dense_crf: float = 1e-3
+
+
+@dataclass
+class GatedCRFConfig(TermConfig):
+    """Gated CRF: the kernel within a window."""
+
+    weight: float = 0.1
+    radius: int = 5
+    # In pixels, and in units of colours from 0 to 1.
+    sigma_xy: float = 6.0
+    sigma_rgb: float = 0.1
+
+
+@dataclass
+class TreeEnergyConfig(TermConfig):
+    """Tree energy: the tree of the colours, then that of the features."""
+
+    weight: float = 0.4
+    sigma: float = 0.02
+    # Use the tree of the features.
+    features: bool = True
+
+
+@dataclass
 class LossConfig:
     """Weights of the loss terms; which terms are on is up to each stage."""
 
@@ -186,6 +258,11 @@ class LossConfig:
     potts: PottsConfig = field(default_factory=PottsConfig)
     rawks: RandomWalkerConfig = field(default_factory=RandomWalkerConfig)
     selflabel: SelfLabelConfig = field(default_factory=SelfLabelConfig)
+    densecrf: DenseCRFConfig = field(default_factory=DenseCRFConfig)
+    ncl: NormalizedCutConfig = field(default_factory=NormalizedCutConfig)
+    kcl: KernelCutConfig = field(default_factory=KernelCutConfig)
+    gatedcrf: GatedCRFConfig = field(default_factory=GatedCRFConfig)
+    tel: TreeEnergyConfig = field(default_factory=TreeEnergyConfig)
 
 
 PEER_TERMS = tuple(name for name, value in vars(LossConfig()).items() if isinstance(value, TermConfig))
@@ -497,6 +574,8 @@ def validate(config: Config) -> None:
             )
 
 
+_SIGMAS = ("sigma_xy", "sigma_rgb")
+
 _RANGES: list[tuple[str, float, float]] = [
     ("seed", 0, 2**31 - 1),
     ("data.num_classes", 0, 65535),
@@ -530,6 +609,12 @@ _RANGES: list[tuple[str, float, float]] = [
     ("loss.consistency.crop_shares", 0.1, 1),
     *((f"loss.{name}.weight", 0.0, 1e6) for name in PEER_TERMS),
     *((f"loss.{name}.sigma_color", 1e-3, 1e6) for name in ("potts", "selflabel")),
+    *((f"loss.{name}.{key}", 1e-6, 1e6) for name in ("densecrf", "ncl", "kcl", "gatedcrf") for key in _SIGMAS),
+    *((f"loss.{name}.scale", 0.01, 1) for name in ("densecrf", "ncl", "kcl")),
+    ("loss.kcl.normalized_cut", 0, 1e6),
+    ("loss.kcl.dense_crf", 0, 1e6),
+    ("loss.gatedcrf.radius", 1, 15),
+    ("loss.tel.sigma", 1e-6, 1e6),
     ("loss.rawks.beta", 0, 1e6),
     ("loss.rawks.alpha", 0, 1e6),
     ("loss.rawks.stride", 1, 64),

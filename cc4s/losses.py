@@ -12,7 +12,16 @@ from torch.nn.functional import interpolate
 
 import cc4s_kernels as ck
 import cc4s_kernels.nn as ckn
-from cc4s.config import PEER_TERMS, Config, LossConfig, PottsConfig, SelfLabelConfig, StageConfig
+from cc4s.config import (
+    PEER_TERMS,
+    Config,
+    DenseConfig,
+    LossConfig,
+    PottsConfig,
+    SelfLabelConfig,
+    StageConfig,
+    TreeEnergyConfig,
+)
 from cc4s.data import ignore_index
 from cc4s.models import frozen_statistics
 from cc4s.models.segmenter import SegmenterOutput, cell_mask
@@ -54,6 +63,28 @@ def _random_walker(loss: ckn.RandomWalkerLoss) -> Term:
     )
 
 
+def _on_image(loss: nn.Module) -> Term:
+    """A loss that is called with logits, image and mask."""
+    return lambda output, batch, counts: loss(
+        output.logits, batch["rgb"], batch["valid"], normalizer=counts.scribble.images
+    )
+
+
+def _dense(loss: type[nn.Module], config: DenseConfig, **options: float) -> Term:
+    return _on_image(loss(config.sigma_xy, config.sigma_rgb, config.scale, **options))
+
+
+def _tree_energy(config: TreeEnergyConfig, ignored: int) -> Term:
+    loss = ckn.TreeEnergyLoss(config.sigma)
+
+    def term(output: SegmenterOutput, batch: Batch, counts: GlobalCounts) -> Tensor:
+        features = output.features if config.features else None
+        unlabelled = _unlabelled(batch, ignored)
+        return loss(output.logits, batch["rgb"], features, unlabelled=unlabelled, normalizer=counts.scribble.images)
+
+    return term
+
+
 def _self_labels(config: SelfLabelConfig, ignored: int) -> Term:
     loss = ckn.CollisionCrossEntropyLoss()
 
@@ -78,6 +109,15 @@ TERMS: dict[str, Callable[[LossConfig, int], Term]] = {
         ckn.RandomWalkerLoss(loss.rawks.beta, loss.rawks.alpha, stride=loss.rawks.stride, ignore_index=ignored)
     ),
     "selflabel": lambda loss, ignored: _self_labels(loss.selflabel, ignored),
+    "densecrf": lambda loss, ignored: _dense(ckn.DenseCRFLoss, loss.densecrf),
+    "ncl": lambda loss, ignored: _dense(ckn.NormalizedCutLoss, loss.ncl),
+    "kcl": lambda loss, ignored: _dense(
+        ckn.KernelCutLoss, loss.kcl, normalized_cut=loss.kcl.normalized_cut, dense_crf=loss.kcl.dense_crf
+    ),
+    "gatedcrf": lambda loss, ignored: _on_image(
+        ckn.GatedCRFLoss(loss.gatedcrf.radius, loss.gatedcrf.sigma_xy, loss.gatedcrf.sigma_rgb)
+    ),
+    "tel": lambda loss, ignored: _tree_energy(loss.tel, ignored),
 }
 
 
