@@ -150,9 +150,12 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
                 saved = walk.forward(triton_kernels, q, k, v, mask, 1.0, steps, restart)
                 walk.backward(triton_kernels, q, k, v, mask, *saved, v, saved[1], 1.0, steps, restart, True, True)
     elif op == "transition_consistency":
+        from cc4s_kernels.ops.transition_consistency import passes
+
+        triton_kernels = kernels.TritonKernels()
         for mask in masks:
-            kl, diagonal, _, *lse = kernels.forward(q, k, q, k, mask, 1.0)
-            kernels.backward(q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
+            kl, diagonal, _, *lse = passes.forward(triton_kernels, q, k, q, k, mask, 1.0)
+            passes.backward(triton_kernels, q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
     else:
         for normalize in ("row", "symmetric", "column"):
             matrix, lse2 = kernels.forward(q, k, 1.0, normalize)

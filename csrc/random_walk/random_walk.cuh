@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) walk(Step<T> step) {
 
   const int key_panels = panels_of(own.width), stage_bytes = walk_stage_bytes(key_panels);
   unsigned char* const stages = memory + panel_bytes(kWalkRows) * key_panels;
-  // What is added to each column of scores: 0 or -lse2, and -inf where there is no state.
+  // What is added to each column of scores: 0 or -lse2, or kHidden.
   float* const offsets = reinterpret_cast<float*>(stages + kWalkStages * stage_bytes);
 
   const auto copy_stage = [&](int tile) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) walk(Step<T> step) {
   };
   const auto offset_of = [&](int tile) {
     const int position = tile * kOthers + threadIdx.x;
-    if (threadIdx.x >= kOthers || !is_valid(mask, position, n)) return -infinity();
+    if (threadIdx.x >= kOthers || !is_valid(mask, position, n)) return kHidden;
     return kTransposed ? -lse2[position] : 0.0f;
   };
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) walk(Step<T> step) {
   float peak[kRowTiles][2], total[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
-    peak[r][0] = peak[r][1] = -infinity();
+    peak[r][0] = peak[r][1] = kHidden;
     total[r][0] = total[r][1] = 0.0f;
   }
 
@@ -114,15 +114,13 @@ __global__ void __launch_bounds__(kThreads) walk(Step<T> step) {
       for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float highest = -infinity();
+          float highest = peak[r][h];
 #pragma unroll
           for (int c = 0; c < kOthers / 8; ++c) {
             highest = fmaxf(highest, fmaxf(scores[r][c][2 * h], scores[r][c][2 * h + 1]));
           }
-          const float now = fmaxf(peak[r][h], row_max(highest));
-          // A row without a key so far has peak -inf, and -inf - -inf is NaN.
-          const float shift = now == -infinity() ? 0.0f : now;
-          decay[r][h] = exp2_of(peak[r][h] - shift);
+          const float now = row_max(highest);
+          decay[r][h] = exp2_of(peak[r][h] - now);
           rescale = rescale || now != peak[r][h];
           peak[r][h] = now;
           total[r][h] *= decay[r][h];
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) walk(Step<T> step) {
           for (int c = 0; c < kOthers / 8; ++c) {
 #pragma unroll
             for (int i = 2 * h; i < 2 * h + 2; ++i) {
-              scores[r][c][i] = exp2_of(scores[r][c][i] - shift);
+              scores[r][c][i] = exp2_of(scores[r][c][i] - now);
               total[r][h] += scores[r][c][i];
             }
           }
@@ -298,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) scores(Scores<T> all, bool by_query,
 
   float sums[kMostKeyPanels][1][8][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
-    float products[1][kOthers / 8][4] = {}, offset = -infinity(), level = 0.0f;
+    float products[1][kOthers / 8][4] = {}, offset = kHidden, level = 0.0f;
     for (int panel = 0; panel < value_panels; ++panel) {
       const int step = tile * value_panels + panel;
       wait_for_copies<1>();

@@ -10,6 +10,11 @@
 #include "common/rows_of.h"
 #include "random_walk/random_walk_launch.h"
 
+#if __has_include("random_walk/random_walk_sm90.cuh")
+#define CC4S_SM90
+#include "random_walk/random_walk_sm90.h"
+#endif
+
 namespace {
 
 using random_walk::Problem;
@@ -18,8 +23,9 @@ using torch::stable::Tensor;
 // q [B, n, width], mask [B, n].
 Problem problem_of(const Tensor& q, const std::optional<Tensor>& mask, double scale, double keep, double restart) {
   const int64_t batch = q.size(0), n = q.size(1);
-  // A block of the smallest grid has four positions.
-  STD_TORCH_CHECK(batch * (n / 4 + 1) * 8 < (int64_t{1} << 31), "q: too many positions for one grid");
+  // Blocks have at least four positions, or 128 and an eighth of the columns.
+  STD_TORCH_CHECK(n < (int64_t{1} << 31) - 128 && batch * (n / 4 + 8) < (int64_t{1} << 31),
+                  "q: too many positions for one grid");
   return {static_cast<int>(batch), static_cast<int>(n), values_of<bool>(mask, q, "mask"),
           static_cast<float>(scale / std::log(2.0)), static_cast<float>(keep), static_cast<float>(restart)};
 }
@@ -41,6 +47,16 @@ void step(const Tensor& q, const Tensor& k, const Tensor& x, const Tensor& start
                                    rows_of<const T>(start, x, "start"),
                                    rows_of<T>(y, x, "y"),
                                    values_of<float>(lse2, q, "lse2")};
+#ifdef CC4S_SM90
+    if (launch.is_sm90() && !transposed && random_walk::sm90::can_run_step(all)) {
+      random_walk::sm90::run_step(all, launch.stream());
+      return;
+    }
+    if (launch.is_sm90() && transposed && random_walk::sm90::can_run_transposed(all)) {
+      random_walk::sm90::run_transposed(all, launch.stream());
+      return;
+    }
+#endif
     random_walk::run_step(launch, all, transposed);
   });
 }
@@ -84,6 +100,12 @@ void scores(const Tensor& q, const Tensor& k, const Tensor& g, const Tensor& x, 
                                      sums ? Rows<T>{} : rows_of<T>(k_grad, q, "k_grad"),
                                      sums ? rows_of<float>(q_grad, q, "q_grad") : Rows<float>{},
                                      sums ? rows_of<float>(k_grad, q, "k_grad") : Rows<float>{}};
+#ifdef CC4S_SM90
+    if (launch.is_sm90() && random_walk::sm90::can_run_scores(all)) {
+      random_walk::sm90::run_scores(all, launch.stream());
+      return;
+    }
+#endif
     random_walk::run_scores(launch, all);
   });
 }

@@ -8,6 +8,7 @@
 // loads and stores, alignment, speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -77,7 +78,9 @@ struct Value {
 struct Fiber {
   static constexpr size_t kStack = 64 * 1024;
 
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kDone;
   unsigned mask = 0;        // lanes that this one waits for
@@ -101,12 +104,13 @@ class Block {
     for (unsigned i = 0; i < count_; ++i) {
       Fiber& fiber = *fibers_[i];
       fiber.state = State::kReady;
+      fiber.started = false;
       fiber.collectives = 0;
       fiber.copies.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = Fiber::kStack;
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Block::enter, 0);
     }
     schedule();
@@ -166,10 +170,16 @@ class Block {
  private:
   static void enter();
 
-  void leave() {
-    Fiber& fiber = *fibers_[current_];
-    swapcontext(&fiber.context, &scheduler_);
+  // As swapcontext, without its system call.
+  __attribute__((noinline)) static void jump(jmp_buf& from, jmp_buf& to) {
+    if (_setjmp(from) == 0) _longjmp(to, 1);
   }
+  __attribute__((noinline)) void start(Fiber& fiber) {
+    fiber.started = true;
+    if (_setjmp(scheduler_) == 0) setcontext(&fiber.context);
+  }
+
+  void leave() { jump(fibers_[current_]->place, scheduler_); }
 
   void schedule() {
     choose_slow_warps();
@@ -202,7 +212,12 @@ class Block {
   void resume(unsigned i) {
     current_ = i;
     threadIdx = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
-    swapcontext(&scheduler_, &fibers_[i]->context);
+    Fiber& fiber = *fibers_[i];
+    if (fiber.started) {
+      jump(scheduler_, fiber.place);
+    } else {
+      start(fiber);
+    }
   }
 
   bool release_warps() {
@@ -256,7 +271,7 @@ class Block {
   int votes_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::mt19937* random_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> order_, last_;
   std::vector<bool> slow_;  // by warp
@@ -267,6 +282,7 @@ inline Block block;
 inline void Block::enter() {
   (*block.body_)();
   block.fibers_[block.current_]->state = State::kDone;
+  _longjmp(block.scheduler_, 1);
 }
 
 constexpr size_t kMostShared = 227 * 1024;
@@ -360,11 +376,10 @@ inline unsigned short bfloat16_of(float x) {
   return static_cast<unsigned short>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
 }
 inline float float_of_half(unsigned short x) {
-  const int exponent = x >> 10 & 31, fraction = x & 1023;
-  const float size = exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
-                     : exponent == 0 ? std::ldexp(float(fraction), -24)
-                                     : std::ldexp(float(fraction + 1024), exponent - 25);
-  return (x & 0x8000u) != 0 ? -size : size;
+  const uint64_t sign = uint64_t{x & 0x8000u} << 16, size = uint64_t{x & 0x7fffu} << 13;
+  // The exponent of infinities and NaN is the largest there too.
+  if ((x & 0x7c00u) == 0x7c00u) return from_bits<float>(sign | size | 0x7f800000u);
+  return from_bits<float>(sign | bits(from_bits<float>(size) * 0x1p112f));
 }
 inline unsigned short half_of(float x) {
   const unsigned sign = static_cast<unsigned>(bits(x)) >> 16 & 0x8000u;

@@ -11,6 +11,7 @@ from cc4s_kernels._cuda import aligned_rows
 from tests.cuda_on_cpu.build import memory, pointer
 from tests.ops.tester import generator
 
+LOG2_E = 1.4426950408889634
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 DTYPES = list(TYPES)
 

@@ -15,6 +15,7 @@ from cc4s_kernels.ops.random_walk.reference import random_walk as reference
 from tests.cuda_on_cpu.build import library
 from tests.cuda_on_cpu.pairwise import (
     DTYPES,
+    LOG2_E,
     TYPES,
     Rows,
     draw,
@@ -26,7 +27,6 @@ from tests.cuda_on_cpu.pairwise import (
     structure,
 )
 
-LOG2_E = 1.4426950408889634
 MOST_SHARED = {"resident": 227 * 1024, "streamed": 99 * 1024}
 
 F, P = ctypes.c_float, ctypes.c_void_p

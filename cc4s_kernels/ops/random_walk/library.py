@@ -103,10 +103,6 @@ def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | No
     return _triton.refuses(q, "q")
 
 
-def _cuda_kernels() -> steps.Kernels:
-    return cuda.CudaKernels()
-
-
 def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     if q.shape[-1] > 128 or v.shape[-1] > 1024:
         return f"d = {q.shape[-1]}, D = {v.shape[-1]}: the CUDA kernels take d <= 128 and D <= 1024"
@@ -114,4 +110,4 @@ def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None
 
 
 backends.register("random_walk", "triton", _define("triton", _triton_kernels), _triton_refuses)
-backends.register("random_walk", "cuda", _define("cuda", _cuda_kernels), _cuda_refuses)
+backends.register("random_walk", "cuda", _define("cuda", cuda.CudaKernels), _cuda_refuses)
