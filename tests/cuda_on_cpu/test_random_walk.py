@@ -27,7 +27,8 @@ from tests.cuda_on_cpu.pairwise import (
     structure,
 )
 
-MOST_SHARED = {"resident": 227 * 1024, "streamed": 99 * 1024}
+# Owned rows of more than 192 value columns stay in shared memory, or come through it with the others.
+MOST_SHARED = {"resident": 227 * 1024, "streamed": 81 * 1024}
 
 F, P = ctypes.c_float, ctypes.c_void_p
 Problem = structure(
@@ -138,7 +139,7 @@ def run(
     grads: tuple[Tensor, Tensor],
     mask: Tensor | None,
     options: tuple[float, int, float],
-    seed: int,
+    seed: int = 0,
     most_shared: int = MOST_SHARED["resident"],
 ) -> tuple[Tensor, ...]:
     """y, lse2 and the gradients of q, k and v."""
@@ -198,9 +199,9 @@ def inputs(batch: int, n: int, key: int, value: int, dtype: torch.dtype, masked:
     ("batch", "n", "key", "value", "masked", "shared"),
     [
         (2, 1, 5, 3, False, "resident"),
-        (2, 7, 64, 40, True, "streamed"),
+        (2, 7, 64, 40, True, "resident"),
         (1, 65, 24, 264, False, "resident"),
-        (2, 130, 72, 136, True, "streamed"),
+        (2, 130, 72, 200, True, "streamed"),
     ],
 )
 def test_equals_the_definition(
@@ -212,6 +213,35 @@ def test_equals_the_definition(
     exact = definition(*clean[:3], (clean[3], grads[1]), mask, (0.8, 1, 0.0))
     other = eager(*clean[:3], (clean[3], grads[1]), mask, 0.8)
     for name, x, expected, theirs in zip(NAMES, found, exact, other, strict=True):
-        print(name, relative_error(x, expected), relative_error(theirs, expected))
         eps = torch.finfo(torch.float32 if name == "lse2" else dtype).eps
         assert relative_error(x, expected) <= 2 * relative_error(theirs, expected) + eps, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_steps_with_restart(dtype: torch.dtype) -> None:
+    q, k, v, grads, mask = inputs(1, 33, 16, 24, dtype, True, 8)
+    options = (-0.7, 3, 0.25)
+    found = run(q, k, v, grads, mask, options)
+    clean = [x.nan_to_num() for x in (q, k, v, grads[0])]
+    exact = definition(*clean[:3], (clean[3], grads[1]), mask, options)
+    for name, x, expected in zip(NAMES, found, exact, strict=True):
+        # States and gradients are rounded at each of the three steps, in both directions.
+        eps = torch.finfo(torch.float32 if name == "lse2" else dtype).eps
+        assert relative_error(x, expected) <= 2 * 3 * eps, name
+
+
+@pytest.mark.parametrize("shared", MOST_SHARED)
+def test_the_order_of_blocks_and_threads_changes_no_bit(shared: str) -> None:
+    q, k, v, grads, mask = inputs(1, 70, 72, 200, torch.bfloat16, True, 6)
+    options = (1.0, 1, 0.0)
+    first, *others = (run(q, k, v, grads, mask, options, seed, MOST_SHARED[shared]) for seed in (0, 1, 2))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_large_scores_stay_finite() -> None:
+    q, k, v, grads, _ = inputs(1, 40, 8, 8, torch.bfloat16, False, 4)
+    y, lse2, *gradients = run(q, k, v, grads, None, (1e4, 1, 0.0))
+    exact = (1e4 * LOG2_E * (q.double() @ k.double().mT)).amax(-1)
+    assert relative_error(lse2, exact) < 1e-6
+    assert all(bool(torch.isfinite(x).all()) for x in (y, *gradients))
