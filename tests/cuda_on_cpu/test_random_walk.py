@@ -34,9 +34,7 @@ F, P = ctypes.c_float, ctypes.c_void_p
 Problem = structure(
     "Problem", ("batch", ctypes.c_int), ("n", ctypes.c_int), ("mask", P), ("factor", F), ("keep", F), ("restart", F)
 )
-Step = structure(
-    "Step", ("problem", Problem), *((name, Rows) for name in ("q", "k", "x", "start", "y")), ("lse2", P)
-)
+Step = structure("Step", ("problem", Problem), *((name, Rows) for name in ("q", "k", "x", "start", "y")), ("lse2", P))
 Level = structure(
     "Level", ("problem", Problem), ("g", Rows), ("y", Rows), ("start", Rows), ("lse_grad", P), ("level", P)
 )

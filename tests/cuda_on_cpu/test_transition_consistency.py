@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cc4s_kernels._cuda import aligned_rows
 from cc4s_kernels.ops.transition_consistency import passes
-from tests.ops.tester import generator
 from tests.cuda_on_cpu.build import library, pointer
 from tests.cuda_on_cpu.pairwise import (
     DTYPES,
@@ -26,6 +25,7 @@ from tests.cuda_on_cpu.pairwise import (
     rows,
     structure,
 )
+from tests.ops.tester import generator
 
 F, P = ctypes.c_float, ctypes.c_void_p
 SIDES = ("q", "k", "q_target", "k_target")

@@ -280,6 +280,8 @@ class OpTester:
     """The variants for tests of layout, compilation and the like, where others take the same path; all if empty."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     """Dtypes in which each backend is compared with the float64 reference; empty for integer ops."""
+    backend_dtypes: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
+    """The dtypes of backends that do not take all of `dtypes`; the first one is for tests where it does not matter."""
     exact: ClassVar[bool] = False
     """Integer-defined op: every backend equals the reference bit by bit."""
     autocast: ClassVar[str] = "float32"
@@ -326,6 +328,10 @@ class OpTester:
     @property
     def work_dtype(self) -> torch.dtype:
         return torch.float32
+
+    def work_dtype_on(self, backend: str) -> torch.dtype:
+        """The dtype of tests where it does not matter, on a backend."""
+        return self.backend_dtypes.get(backend, (self.work_dtype,))[0]
 
     def op(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(ck, self.op_name)(*args, **kwargs)
@@ -395,7 +401,15 @@ class OpTester:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
-        if "backend" in names:
+        dtypes = [d for d in self.dtypes if d not in UNTESTED] or [torch.float32]
+        if "backend" in names and "dtype" in names:
+            pairs = [
+                pytest.param(*param.values, dtype, marks=param.marks)
+                for param in backend_params(self.op_name)
+                for dtype in self.backend_dtypes.get(str(param.values[0]), dtypes)
+            ]
+            metafunc.parametrize(("backend", "device", "dtype"), pairs, ids=str)
+        elif "backend" in names:
             metafunc.parametrize(("backend", "device"), backend_params(self.op_name))
         elif "device" in names:
             metafunc.parametrize(
@@ -408,8 +422,8 @@ class OpTester:
         if "variant" in names:
             values = metafunc.definition.originalname in VALUE_TESTS
             metafunc.parametrize("variant", list(self.variants) if values else self.representatives or self.variants)
-        if "dtype" in names:
-            metafunc.parametrize("dtype", [d for d in self.dtypes if d not in UNTESTED] or (torch.float32,), ids=str)
+        if "dtype" in names and "backend" not in names:
+            metafunc.parametrize("dtype", dtypes, ids=str)
 
     # ---- the battery
 
@@ -482,7 +496,7 @@ class OpTester:
             assert torch.equal(a, e), str(difference(a, e))
 
     def test_compile(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         torch._dynamo.reset()
         counter = CountingBackend()
         compiled = torch.compile(getattr(ck, self.op_name), fullgraph=True, backend=counter)
@@ -492,10 +506,12 @@ class OpTester:
         assert counter.forward == 1, "the compiled graph did not run"
         assert counter.backward == (1 if self.differentiable else 0), "the compiled backward did not run"
         # Decompositions may reorder sums: a few roundings.
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_fake_shapes(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = tensors(self.op(*args, **kwargs))
             with FakeTensorMode() as mode:
@@ -506,7 +522,9 @@ class OpTester:
             assert a.dtype == e.dtype
 
     def test_autocast(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, torch.float32, device)
+        # What autocast casts may be float32 on every backend.
+        given = torch.float32 if self.autocast == "cast" else self.work_dtype_on(backend)
+        args, kwargs = self.inputs(variant, given, device)
         dtype = torch.float16 if torch.bfloat16 in UNTESTED else torch.bfloat16
 
         def under_autocast(*a: Any, **k: Any) -> Any:
@@ -524,15 +542,17 @@ class OpTester:
 
     @pytest.mark.parametrize("layout", [strided_copy, channels_last_copy])
     def test_layout(self, backend: str, variant: str, device: str, layout: Any) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             got = self.run(*map_tensors(layout, (args, kwargs)))
         # A matrix product may sum in another order for another layout.
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_zero_length(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=0)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=0)
         with ck.use_backend(backend):
             result = self.run(args, kwargs)
         for out in result.outputs:
@@ -541,15 +561,17 @@ class OpTester:
             assert bool((gradient == 0).all()), "an empty input has gradient 0"
 
     def test_poisoned_memory(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             with poisoned_empty():
                 got = self.run(args, kwargs)
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_repeats_bitwise(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=max(self.sizes))
         with ck.use_backend(backend):
             self.assert_bitwise(self.run(args, kwargs), self.run(args, kwargs))
 
@@ -578,7 +600,7 @@ class OpTester:
     def test_opcheck_of_kernels(self, backend: str, variant: str, device: str) -> None:
         """Every torch op that a call and its gradient go through."""
         pytest.importorskip("expecttest")
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend), _OpCalls() as found:
             self.run(args, kwargs)
         for op, op_args, op_kwargs in found.calls:
@@ -598,7 +620,7 @@ class OpTester:
         """A kernel's gradient has no gradient, and says who has."""
         if not self.differentiable or backend == "reference":
             return
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         leaves = tuple(t.detach().requires_grad_() for t in self._leaves(args, kwargs))
         with ck.use_backend(backend):
             outputs = tensors(self.op(*self._with_leaves(args, kwargs, leaves)[0], **kwargs))

@@ -59,9 +59,7 @@ class CudaKernels:
         restart: float,
     ) -> Tensor:
         out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        torch.ops.cc4s_kernels.random_walk_cuda_step(
-            q, k, g, g, _dense(mask), out, lse2, scale, keep, restart, True
-        )
+        torch.ops.cc4s_kernels.random_walk_cuda_step(q, k, g, g, _dense(mask), out, lse2, scale, keep, restart, True)
         return out
 
     def level(

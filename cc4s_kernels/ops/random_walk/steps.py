@@ -32,7 +32,15 @@ class Kernels(Protocol):
         """Writes y = (1 - restart) P x + restart start and lse2."""
 
     def transposed(
-        self, q: Tensor, k: Tensor, g: Tensor, mask: Tensor | None, lse2: Tensor, scale: float, keep: float, restart: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        g: Tensor,
+        mask: Tensor | None,
+        lse2: Tensor,
+        scale: float,
+        keep: float,
+        restart: float,
     ) -> Tensor:
         """keep Pᵀ g + restart g."""
 

@@ -405,7 +405,15 @@ class TritonKernels:
             )
 
     def transposed(
-        self, q: Tensor, k: Tensor, g: Tensor, mask: Tensor | None, lse2: Tensor, scale: float, keep: float, restart: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        g: Tensor,
+        mask: Tensor | None,
+        lse2: Tensor,
+        scale: float,
+        keep: float,
+        restart: float,
     ) -> Tensor:
         batch, n, key = q.shape
         value = g.shape[-1]

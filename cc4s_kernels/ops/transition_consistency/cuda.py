@@ -1,4 +1,4 @@
-"""The kernels of `transition_consistency` in csrc/transition_consistency/ for NVIDIA GPUs, one torch op for each pass."""
+"""The kernels of `transition_consistency` in csrc/transition_consistency/ for NVIDIA GPUs, one op for each pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _library.LIBRARY.define(
     " float scale) -> (Tensor kl, Tensor diagonal, Tensor diagonal_target, Tensor lse2, Tensor lse2_target)"
 )
 _library.LIBRARY.define(
-    "transition_consistency_cuda_scores(Tensor q, Tensor k, Tensor q_target, Tensor k_target, Tensor? mask, Tensor lse2,"
-    " Tensor lse2_target, Tensor kl_grad, Tensor trace_grad, Tensor unit, Tensor(a!) q_grad, Tensor(b!) k_grad,"
-    " float scale) -> ()"
+    "transition_consistency_cuda_scores(Tensor q, Tensor k, Tensor q_target, Tensor k_target, Tensor? mask,"
+    " Tensor lse2, Tensor lse2_target, Tensor kl_grad, Tensor trace_grad, Tensor unit, Tensor(a!) q_grad,"
+    " Tensor(b!) k_grad, float scale) -> ()"
 )
 
 

@@ -49,7 +49,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """kl, P_ii, P'_ii, lse2 and lse2 of the target."""
-    return kernels.divergences(*map(kernels.rows, (q, k, q_target, k_target)), mask, scale)
+    q, k, q_target, k_target = map(kernels.rows, (q, k, q_target, k_target))
+    return kernels.divergences(q, k, q_target, k_target, mask, scale)
 
 
 def backward(
