@@ -4,8 +4,8 @@
 // thread of a block never reaches ends the process with a message. `Launcher` starts kernels in the place of <<<>>>.
 // With a seed, blocks and threads run in a random order, some warps only when the others can go no further, and a thread
 // may be interrupted at each atomic: a missing barrier or an order that matters shows as a result that changes with the
-// seed. What it cannot show: races of plain
-// loads and stores, alignment, speed.
+// seed. An asynchronous copy happens when its thread waits for it, and dynamic shared memory starts as NaN: a missing wait
+// shows. What it cannot show: races of plain loads and stores, speed, and whether PTX does what its twin here does.
 #pragma once
 
 #include <setjmp.h>
