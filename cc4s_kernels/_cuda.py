@@ -48,3 +48,23 @@ def refuses(tensor: Tensor, name: str) -> str | None:
         needed = "CUDA kernels need 8.0; the reference runs there"
         return f"{name} is on a GPU of compute capability {major}.{minor}, {needed}"
     return None
+
+
+def refuses_pairwise(tensor: Tensor, name: str) -> str | None:
+    """Why the CUDA kernels of the pairwise ops, which are made of half-precision matrix instructions, cannot take
+    `tensor`, or None."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        other = "; float32 runs in Triton" if tensor.dtype == torch.float32 else ""
+        return f"{name} is {tensor.dtype}, the CUDA kernels take float16 and bfloat16{other}"
+    return refuses(tensor, name)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """`x` (B, N, width) with rows that start at multiples of 16 bytes and adjacent columns, a multiple of 8 of them:
+    itself, or a copy with columns of zeros. For half-precision tensors."""
+    width = x.shape[-1]
+    if width % 8 == 0 and width > 0:
+        if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0:
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
+    return torch.nn.functional.pad(x, (0, 8 - width % 8))

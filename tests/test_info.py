@@ -106,3 +106,13 @@ def test_command_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all rows ok" in done.stdout
+
+
+@pytest.mark.parametrize("check", [c for c in info.CHECKS if c.dtypes], ids=lambda check: check.op)
+def test_selftest_of_a_backend_without_float32(check: info.Check) -> None:
+    """As the CUDA kernels of these ops are checked, on the reference."""
+    row = info.run_check(check._replace(dtypes={"reference": torch.float16}), "reference")
+    assert row.passed, str(row)
+    # Rounded gradients, and not those of float32.
+    assert row.gradient is not None
+    assert row.gradient > 1e-6

@@ -187,15 +187,20 @@ def run_op(op: str, dtype: torch.dtype, key: int, value: int, variants: bool) ->
     q, k = empty(2, n, key), empty(2, n, key)
     masks = (None, empty(2, n, of=torch.bool)) if variants else (None,)
     if op == "random_walk":
-        v = empty(2, n, value)
+        from cc4s_kernels.ops.random_walk import steps as walk
+
+        v, triton_kernels = empty(2, n, value), kernels.TritonKernels()
         for mask in masks:
             for steps, restart in ((1, 0.0), (2, 0.25)) if variants else ((1, 0.0),):
-                y, lse2, states = kernels.forward(q, k, v, mask, 1.0, steps, restart)
-                kernels.backward(q, k, v, mask, y, lse2, states, v, lse2, 1.0, steps, restart, True, True)
+                saved = walk.forward(triton_kernels, q, k, v, mask, 1.0, steps, restart)
+                walk.backward(triton_kernels, q, k, v, mask, *saved, v, saved[1], 1.0, steps, restart, True, True)
     elif op == "transition_consistency":
+        from cc4s_kernels.ops.transition_consistency import passes
+
+        triton_kernels = kernels.TritonKernels()
         for mask in masks:
-            kl, diagonal, _, *lse = kernels.forward(q, k, q, k, mask, 1.0)
-            kernels.backward(q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
+            kl, diagonal, _, *lse = passes.forward(triton_kernels, q, k, q, k, mask, 1.0)
+            passes.backward(triton_kernels, q, k, q, k, mask, diagonal, *lse, kl, kl, 1.0)
     else:
         for normalize in ("row", "symmetric", "column"):
             matrix, lse2 = kernels.forward(q, k, 1.0, normalize)

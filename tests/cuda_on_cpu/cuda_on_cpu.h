@@ -4,11 +4,12 @@
 // thread of a block never reaches ends the process with a message. `Launcher` starts kernels in the place of <<<>>>.
 // With a seed, blocks and threads run in a random order, some warps only when the others can go no further, and a thread
 // may be interrupted at each atomic: a missing barrier or an order that matters shows as a result that changes with the
-// seed. What it cannot show: races of plain
-// loads and stores, alignment, speed.
+// seed. An asynchronous copy happens when its thread waits for it, and dynamic shared memory starts as NaN: a missing wait
+// shows. What it cannot show: races of plain loads and stores, speed, and whether PTX does what its twin here does.
 #pragma once
 
 #include <dlfcn.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -36,6 +37,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
+#define CC4S_CUDA_ON_CPU
 
 struct dim3 {
   unsigned x, y, z;
@@ -66,16 +68,31 @@ namespace cuda_on_cpu {
 
 enum class State { kReady, kBlockBarrier, kWarpBarrier, kDone };
 
+// A copy to shared memory that is on its way: it happens when its thread waits for it.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t bytes;
+};
+
+// What a lane gives to a collective.
+struct Value {
+  uint64_t words[3] = {};
+};
+
 struct Fiber {
   static constexpr size_t kStack = 64 * 1024;
 
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kDone;
   unsigned mask = 0;        // lanes that this one waits for
-  uint64_t values[2] = {};  // what it gives to a collective, and to the one before
+  Value values[2];          // what it gives to a collective, and to the one before
   unsigned collectives = 0;
   int vote = 0;  // what it gives to a block barrier
+  std::vector<std::vector<Copy>> copies;  // by group; the last one is open
 };
 
 // The block that runs. Threads are numbered x first.
@@ -92,11 +109,13 @@ class Block {
     for (unsigned i = 0; i < count_; ++i) {
       Fiber& fiber = *fibers_[i];
       fiber.state = State::kReady;
+      fiber.started = false;
       fiber.collectives = 0;
+      fiber.copies.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = Fiber::kStack;
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Block::enter, 0);
     }
     schedule();
@@ -112,7 +131,8 @@ class Block {
   }
 
   // Waits for the lanes of `mask`; then `lane_value` reads what each gave.
-  void warp_barrier(unsigned mask, uint64_t value) {
+  void warp_barrier(unsigned mask, uint64_t value) { warp_barrier(mask, Value{{value}}); }
+  void warp_barrier(unsigned mask, const Value& value) {
     if ((mask >> lane() & 1u) == 0) fail("a lane calls a collective whose mask does not name it");
     Fiber& fiber = *fibers_[current_];
     fiber.values[++fiber.collectives & 1] = value;
@@ -120,7 +140,8 @@ class Block {
     fiber.state = State::kWarpBarrier;
     leave();
   }
-  uint64_t lane_value(unsigned lane) const {
+  uint64_t lane_value(unsigned lane) const { return lane_values(lane).words[0]; }
+  const Value& lane_values(unsigned lane) const {
     const Fiber& mine = *fibers_[current_];
     if ((mine.mask >> lane & 1u) == 0) return mine.values[mine.collectives & 1];
     const Fiber& other = *fibers_[current_ / 32 * 32 + lane];
@@ -128,6 +149,23 @@ class Block {
     return other.values[(last_[current_ / 32 * 32 + lane]) & 1];
   }
   unsigned lane() const { return current_ % 32; }
+
+  void copy_async(const Copy& copy) { fibers_[current_]->copies.back().push_back(copy); }
+  void commit_copies() { fibers_[current_]->copies.emplace_back(); }
+  // All but the last `groups` groups happen now.
+  void wait_for_copies(size_t groups) {
+    auto& copies = fibers_[current_]->copies;
+    while (copies.size() > groups + 1) {
+      for (const Copy& copy : copies.front()) {
+        if (copy.from == nullptr) {
+          std::memset(copy.to, 0, copy.bytes);
+        } else {
+          std::memcpy(copy.to, copy.from, copy.bytes);
+        }
+      }
+      copies.erase(copies.begin());
+    }
+  }
 
   // At an atomic: lets others go first now and then.
   void interrupt() {
@@ -137,10 +175,16 @@ class Block {
  private:
   static void enter();
 
-  void leave() {
-    Fiber& fiber = *fibers_[current_];
-    swapcontext(&fiber.context, &scheduler_);
+  // As swapcontext, without its system call.
+  __attribute__((noinline)) static void jump(jmp_buf& from, jmp_buf& to) {
+    if (_setjmp(from) == 0) _longjmp(to, 1);
   }
+  __attribute__((noinline)) void start(Fiber& fiber) {
+    fiber.started = true;
+    if (_setjmp(scheduler_) == 0) setcontext(&fiber.context);
+  }
+
+  void leave() { jump(fibers_[current_]->place, scheduler_); }
 
   void schedule() {
     choose_slow_warps();
@@ -173,7 +217,12 @@ class Block {
   void resume(unsigned i) {
     current_ = i;
     threadIdx = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
-    swapcontext(&scheduler_, &fibers_[i]->context);
+    Fiber& fiber = *fibers_[i];
+    if (fiber.started) {
+      jump(scheduler_, fiber.place);
+    } else {
+      start(fiber);
+    }
   }
 
   bool release_warps() {
@@ -227,7 +276,7 @@ class Block {
   int votes_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::mt19937* random_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> order_, last_;
   std::vector<bool> slow_;  // by warp
@@ -238,6 +287,7 @@ inline Block block;
 inline void Block::enter() {
   (*block.body_)();
   block.fibers_[block.current_]->state = State::kDone;
+  _longjmp(block.scheduler_, 1);
 }
 
 // Told of each launch: the kernel's symbol, its grid and threads (six numbers), its arguments and their bytes.
@@ -247,10 +297,27 @@ inline Listener listener = nullptr;
 // Kernels that were started once, by symbol; they take their arguments as cuLaunchKernel does.
 inline std::map<std::string, std::function<void(dim3, dim3, void**)>> started;
 
+constexpr size_t kMostShared = 227 * 1024;
+alignas(1024) inline unsigned char shared_memory[kMostShared];
+inline size_t shared_bytes = 0;
+inline unsigned char* dynamic_shared() { return shared_memory; }
+
 // Starts kernels. seed 0: in ascending order; otherwise in an order drawn from it.
 class Launcher {
  public:
-  explicit Launcher(unsigned seed = 0) : seed_(seed), random_(seed) {}
+  explicit Launcher(unsigned seed = 0, int most_shared = kMostShared)
+      : seed_(seed), random_(seed), most_shared_(most_shared) {}
+
+  int most_shared() const { return most_shared_; }
+
+  // With dynamic shared memory, in bytes. Every block finds it full of NaN.
+  template <class... Parameters, class... Arguments>
+  void with_shared(dim3 grid, dim3 threads, int bytes, void (*kernel)(Parameters...), Arguments... arguments) {
+    if (bytes > most_shared_) fail("more shared memory than the device has");
+    shared_bytes = static_cast<size_t>(bytes);
+    (*this)(grid, threads, kernel, arguments...);
+    shared_bytes = 0;
+  }
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 threads, void (*kernel)(Parameters...), Arguments... arguments) {
@@ -292,12 +359,14 @@ class Launcher {
     for (const uint64_t i : blocks) {
       blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                   static_cast<unsigned>(i / grid.x / grid.y)};
+      std::memset(shared_memory, 0xff, shared_bytes);
       block.run(threads, body, seed_ == 0 ? nullptr : &random_);
     }
   }
 
   unsigned seed_;
   std::mt19937 random_;
+  int most_shared_;
 };
 
 // For the test of kernels that are compiled at run time.
@@ -343,6 +412,79 @@ T update(T* address, Function function) {
   const T old = *address;
   *address = function(old);
   return old;
+}
+
+// 16-bit numbers, by their bits, rounded to nearest and ties to even.
+inline float float_of_bfloat16(unsigned short x) { return from_bits<float>(uint64_t{x} << 16); }
+inline unsigned short bfloat16_of(float x) {
+  const uint32_t b = static_cast<uint32_t>(bits(x));
+  if (std::isnan(x)) return static_cast<unsigned short>(b >> 16 | 0x40u);
+  return static_cast<unsigned short>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+}
+inline float float_of_half(unsigned short x) {
+  const uint64_t sign = uint64_t{x & 0x8000u} << 16, size = uint64_t{x & 0x7fffu} << 13;
+  // The exponent of infinities and NaN is the largest there too.
+  if ((x & 0x7c00u) == 0x7c00u) return from_bits<float>(sign | size | 0x7f800000u);
+  return from_bits<float>(sign | bits(from_bits<float>(size) * 0x1p112f));
+}
+inline unsigned short half_of(float x) {
+  const unsigned sign = static_cast<unsigned>(bits(x)) >> 16 & 0x8000u;
+  const float size = std::fabs(x);
+  if (std::isnan(x)) return 0x7fffu;
+  // Halfway between the largest number and the next power of two.
+  if (size >= 65520.0f) return static_cast<unsigned short>(sign | 0x7c00u);
+  if (size < 0x1p-14f) return static_cast<unsigned short>(sign | static_cast<unsigned>(std::nearbyint(size * 0x1p24f)));
+  const uint32_t b = static_cast<uint32_t>(bits(size));
+  return static_cast<unsigned short>(sign | ((b + 0xfffu + (b >> 13 & 1u) - (112u << 23)) >> 13));
+}
+
+// The instructions that csrc/common/mma_sm80.cuh wraps.
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) fail("a copy is not aligned");
+  block.copy_async({to, from, bytes});
+}
+inline void commit_copies() { block.commit_copies(); }
+inline void wait_for_copies(size_t groups) { block.wait_for_copies(groups); }
+
+// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8.
+inline void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a row of a matrix is not aligned");
+  block.warp_barrier(0xffffffffu, bits(row));
+  const unsigned lane = block.lane();
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    unsigned short pair[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned major = lane / 4, minor = 2 * (lane % 4) + i;
+      const unsigned r = transposed ? minor : major, c = transposed ? major : minor;
+      const auto* values = from_bits<const unsigned short*>(block.lane_value(8 * matrix + r));
+      pair[i] = values[c];
+    }
+    out[matrix] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+  }
+}
+
+// mma.m16n8k16 with float32 sums; widen: float of the bits.
+template <class Widen>
+void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Widen widen) {
+  const auto two = [](unsigned low, unsigned high) { return low | uint64_t{high} << 32; };
+  block.warp_barrier(0xffffffffu, Value{{two(a[0], a[1]), two(a[2], a[3]), two(b0, b1)}});
+  const unsigned lane = block.lane();
+  // value i of a row of registers
+  const auto half = [&](uint64_t word, unsigned i) {
+    return widen(static_cast<unsigned short>(word >> (16 * i)));
+  };
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned holder = k % 8 / 2, odd = k % 2, upper = k / 8;
+    const Value& left = block.lane_values(lane / 4 * 4 + holder);
+    float right[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      right[i] = half(block.lane_values((2 * (lane % 4) + i) * 4 + holder).words[2], 2 * upper + odd);
+    }
+    for (unsigned h = 0; h < 2; ++h) {
+      const float value = half(left.words[upper], 2 * h + odd);
+      for (unsigned i = 0; i < 2; ++i) c[2 * h + i] += value * right[i];
+    }
+  }
 }
 
 }  // namespace cuda_on_cpu
@@ -431,6 +573,8 @@ T __ldg(const T* at) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __uint_as_float(unsigned x) { return cuda_on_cpu::from_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(cuda_on_cpu::bits(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline long long __double_as_longlong(double x) { return cuda_on_cpu::from_bits<long long>(cuda_on_cpu::bits(x)); }

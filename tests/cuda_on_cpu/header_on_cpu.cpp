@@ -57,6 +57,17 @@ __global__ void atomics(const int* in, int* totals, int* tickets) {
   atomicCAS(&totals[5], -1, in[i]);
 }
 
+// One thread copies in [2, 4] in two groups of 16 bytes; out [4]: what is there with so many of them waited for.
+__global__ void copies(const int* in, int* out, int groups) {
+  auto* const to = reinterpret_cast<int*>(cuda_on_cpu::dynamic_shared());
+  for (int i = 0; i < 2; ++i) {
+    cuda_on_cpu::copy_async(to + 4 * i, i == 0 ? in : nullptr, 16);
+    cuda_on_cpu::commit_copies();
+  }
+  if (groups > 0) cuda_on_cpu::wait_for_copies(2 - groups);
+  for (int i = 0; i < 4; ++i) out[i] = to[2 * i];
+}
+
 // Errors that a GPU may or may not forgive.
 __global__ void half_of_a_warp() {
   if (threadIdx.x % 2 == 0) __ballot_sync(kAll, 1);
@@ -91,6 +102,22 @@ void run_block_votes(const int* in, int* out, unsigned seed) {
 }
 void run_atomics(const int* in, int* totals, int* tickets, unsigned seed) {
   launch(seed, dim3(2), dim3(32), atomics, in, totals, tickets);
+}
+void run_copies(const int* in, int* out, int groups, unsigned seed) {
+  cuda_on_cpu::Launcher(seed).with_shared(dim3(1), dim3(1), 64, copies, in, out, groups);
+}
+// Of all 2^16 bits as bfloat16 and float16, out [2, 65536]; and back from floats.
+void widen_all(float* out) {
+  for (int i = 0; i < 65536; ++i) {
+    out[i] = cuda_on_cpu::float_of_bfloat16(static_cast<unsigned short>(i));
+    out[65536 + i] = cuda_on_cpu::float_of_half(static_cast<unsigned short>(i));
+  }
+}
+void round_all(const float* in, unsigned short* bfloat16, unsigned short* half, int count) {
+  for (int i = 0; i < count; ++i) {
+    bfloat16[i] = cuda_on_cpu::bfloat16_of(in[i]);
+    half[i] = cuda_on_cpu::half_of(in[i]);
+  }
 }
 void run_half_of_a_warp() { launch(0, dim3(1), dim3(32), half_of_a_warp); }
 void run_not_in_the_mask() { launch(0, dim3(1), dim3(32), not_in_the_mask); }

@@ -107,6 +107,30 @@ def test_atomics() -> None:
     assert len(orders) == len(SEEDS), "a seed is an order"
 
 
+def test_a_copy_happens_when_it_is_waited_for() -> None:
+    values = torch.arange(1, 9, dtype=torch.int32)
+    for groups, expected in ((0, [-1, -1, -1, -1]), (1, [1, 3, -1, -1]), (2, [1, 3, 0, 0])):
+        out = torch.full((4,), -2, dtype=torch.int32)
+        run("run_copies", values, out, groups, 0)
+        assert out.tolist() == expected
+
+
+def test_half_precision_numbers() -> None:
+    """All of both kinds, and roundings of floats of every size, ties among them."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    out = torch.full((2, 65536), torch.nan)
+    run("widen_all", out)
+    for found, dtype in zip(out, (torch.bfloat16, torch.float16), strict=True):
+        assert torch.equal(found.nan_to_num(nan=7), bits.view(dtype).float().nan_to_num(nan=7))
+    ties = (out[1, :31744] + out[1, 1:31745]) / 2
+    wide = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator(5), dtype=torch.int32).view(torch.float32)
+    values = torch.cat([ties, -ties, wide, 4 * torch.randn(50_000, generator=generator(6))])
+    rounded = [torch.zeros(len(values), dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
+    run("round_all", values, *rounded, len(values))
+    for found in rounded:
+        assert torch.equal(found.nan_to_num(nan=7), values.to(found.dtype).nan_to_num(nan=7))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

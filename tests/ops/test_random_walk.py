@@ -49,6 +49,7 @@ def naive_random_walk(q, k, v, *, mask=None, scale=1.0, steps=1, restart=0.0, re
 class TestRandomWalk(OpTester):
     op_name = "random_walk"
     sizes = (1, 7, 33)
+    backend_dtypes: ClassVar = {"cuda": (torch.float16, torch.bfloat16)}
     differentiable = (0, 1, 2)
     autocast = "cast"
     # With one position all gradients of scores are 0: a few roundings of scores and products are left.

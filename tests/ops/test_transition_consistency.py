@@ -44,6 +44,7 @@ def naive_consistency(q, k, q_target, k_target, *, mask=None, scale=1.0, normali
 
 class TestTransitionConsistency(OpTester):
     op_name = "transition_consistency"
+    backend_dtypes: ClassVar = {"cuda": (torch.float16, torch.bfloat16)}
     differentiable = (0, 1)
     # With one position all gradients of scores are 0: a few roundings of scores and products are left.
     noise = 16 * torch.finfo(torch.float32).eps

@@ -323,6 +323,8 @@ class OpTester:
     """The variants for tests of layout, compilation and the like, where others take the same path; all if empty."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     """Dtypes in which each backend is compared with the float64 reference; empty for integer ops."""
+    backend_dtypes: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
+    """The dtypes of backends that do not take all of `dtypes`; the first one is for tests where it does not matter."""
     exact: ClassVar[bool] = False
     """Integer-defined op: every backend equals the reference bit by bit."""
     autocast: ClassVar[str] = "float32"
@@ -369,6 +371,10 @@ class OpTester:
     @property
     def work_dtype(self) -> torch.dtype:
         return torch.float32
+
+    def work_dtype_on(self, backend: str) -> torch.dtype:
+        """The dtype of tests where it does not matter, on a backend."""
+        return self.backend_dtypes.get(backend, (self.work_dtype,))[0]
 
     def op(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(ck, self.op_name)(*args, **kwargs)
@@ -438,7 +444,15 @@ class OpTester:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
-        if "backend" in names:
+        dtypes = [d for d in self.dtypes if d not in UNTESTED] or [torch.float32]
+        if "backend" in names and "dtype" in names:
+            pairs = [
+                pytest.param(*param.values, dtype, marks=param.marks)
+                for param in backend_params(self.op_name)
+                for dtype in self.backend_dtypes.get(str(param.values[0]), dtypes)
+            ]
+            metafunc.parametrize(("backend", "device", "dtype"), pairs, ids=str)
+        elif "backend" in names:
             on_gpu = metafunc.definition.originalname in GPU_TESTS
             metafunc.parametrize(("backend", "device"), (gpu_params if on_gpu else backend_params)(self.op_name))
         elif "device" in names:
@@ -454,8 +468,8 @@ class OpTester:
             variants = list(self.variants if name in VALUE_TESTS else self.representatives or self.variants)
             # Addresses are the same for all of them.
             metafunc.parametrize("variant", variants[:1] if name == "test_far_apart" else variants)
-        if "dtype" in names:
-            metafunc.parametrize("dtype", [d for d in self.dtypes if d not in UNTESTED] or (torch.float32,), ids=str)
+        if "dtype" in names and "backend" not in names:
+            metafunc.parametrize("dtype", dtypes, ids=str)
 
     # ---- the battery
 
@@ -528,7 +542,7 @@ class OpTester:
             assert torch.equal(a, e), str(difference(a, e))
 
     def test_compile(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         torch._dynamo.reset()
         counter = CountingBackend()
         compiled = torch.compile(getattr(ck, self.op_name), fullgraph=True, backend=counter)
@@ -538,10 +552,12 @@ class OpTester:
         assert counter.forward == 1, "the compiled graph did not run"
         assert counter.backward == (1 if self.differentiable else 0), "the compiled backward did not run"
         # Decompositions may reorder sums: a few roundings.
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_fake_shapes(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = tensors(self.op(*args, **kwargs))
             with FakeTensorMode() as mode:
@@ -552,7 +568,9 @@ class OpTester:
             assert a.dtype == e.dtype
 
     def test_autocast(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, torch.float32, device)
+        # What autocast casts may be float32 on every backend.
+        given = torch.float32 if self.autocast == "cast" else self.work_dtype_on(backend)
+        args, kwargs = self.inputs(variant, given, device)
         dtype = torch.float16 if torch.bfloat16 in UNTESTED else torch.bfloat16
 
         def under_autocast(*a: Any, **k: Any) -> Any:
@@ -570,16 +588,18 @@ class OpTester:
 
     @pytest.mark.parametrize("layout", [strided_copy, channels_last_copy])
     def test_layout(self, backend: str, variant: str, device: str, layout: Any) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             got = self.run(*map_tensors(layout, (args, kwargs)))
         # A matrix product may sum in another order for another layout.
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_far_apart(self, backend: str, variant: str, device: str) -> None:
         """Strides are int32, and what is computed with them is not: the last of four entries is at 3 * 2^30."""
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         batch = tensors(args)[0].shape[0]
         args, kwargs = map_tensors(
             lambda t: torch.cat([t] * (4 // batch)) if t.dim() > 0 and t.shape[0] == batch > 1 else t, (args, kwargs)
@@ -589,11 +609,13 @@ class OpTester:
         with ck.use_backend(backend):
             expected, got = self.run(args, kwargs), self.run(*far)
         # A matrix product may sum in another order for another layout.
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_stream(self, backend: str, variant: str, device: str) -> None:
         """On a stream whose earlier work has the inputs: another stream would see what was there before."""
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=max(self.sizes))
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             late = map_tensors(torch.zeros_like, (args, kwargs))
@@ -612,7 +634,7 @@ class OpTester:
     def test_second_device(self, backend: str, variant: str, device: str) -> None:
         if torch.cuda.device_count() < 2:
             pytest.skip("one CUDA device")
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             got = self.run(*map_tensors(lambda t: t.to("cuda:1"), (args, kwargs)))
@@ -623,7 +645,7 @@ class OpTester:
     def test_cuda_graph(self, backend: str, variant: str, device: str) -> None:
         """Forward and backward are captured, which no synchronisation and no foreign allocation survives, and replayed
         on other inputs."""
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=max(self.sizes))
         held = map_tensors(torch.clone, (args, kwargs))
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
@@ -646,7 +668,7 @@ class OpTester:
         self.assert_bitwise(got, expected)
 
     def test_zero_length(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=0)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=0)
         with ck.use_backend(backend):
             result = self.run(args, kwargs)
         for out in result.outputs:
@@ -655,15 +677,17 @@ class OpTester:
             assert bool((gradient == 0).all()), "an empty input has gradient 0"
 
     def test_poisoned_memory(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend):
             expected = self.run(args, kwargs)
             with poisoned_empty():
                 got = self.run(args, kwargs)
-        self.assert_same(got, expected, rtol=32 * eps(self.work_dtype), atol=32 * eps(self.work_dtype))
+        self.assert_same(
+            got, expected, rtol=32 * eps(self.work_dtype_on(backend)), atol=32 * eps(self.work_dtype_on(backend))
+        )
 
     def test_repeats_bitwise(self, backend: str, variant: str, device: str) -> None:
-        args, kwargs = self.inputs(variant, self.work_dtype, device, size=max(self.sizes))
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device, size=max(self.sizes))
         with ck.use_backend(backend):
             self.assert_bitwise(self.run(args, kwargs), self.run(args, kwargs))
 
@@ -692,7 +716,7 @@ class OpTester:
     def test_opcheck_of_kernels(self, backend: str, variant: str, device: str) -> None:
         """Every torch op that a call and its gradient go through."""
         pytest.importorskip("expecttest")
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         with ck.use_backend(backend), _OpCalls() as found:
             self.run(args, kwargs)
         for op, op_args, op_kwargs in found.calls:
@@ -712,7 +736,7 @@ class OpTester:
         """A kernel's gradient has no gradient, and says who has."""
         if not self.differentiable or backend == "reference":
             return
-        args, kwargs = self.inputs(variant, self.work_dtype, device)
+        args, kwargs = self.inputs(variant, self.work_dtype_on(backend), device)
         leaves = tuple(t.detach().requires_grad_() for t in self._leaves(args, kwargs))
         with ck.use_backend(backend):
             outputs = tensors(self.op(*self._with_leaves(args, kwargs, leaves)[0], **kwargs))

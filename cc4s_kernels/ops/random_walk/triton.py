@@ -296,28 +296,38 @@ def walk_scores_kernel(
     store_rows(out, out_row, first, inside, 0, result, KEY, BLOCK_M, BLOCK_KEY)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, steps: int, restart: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y_steps (B, N, D), lse2 (B, N) float32 and the states Y_1 .. Y_{steps-1} (steps - 1, B, N, D)."""
-    q, k, v = rows(q), rows(k), rows(v)
-    batch, n, key = q.shape
-    value = v.shape[-1]
-    y = v.new_empty((batch, n, value))
-    states = v.new_empty((steps - 1, batch, n, value))
-    lse2 = v.new_empty((batch, n), dtype=torch.float32)
-    kind = precision(q.dtype)
-    config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
-    block_v = min(config.v, block_of(value))
-    splits = max(1, tiles(value, block_v))
-    state = v
-    for step in range(steps):
-        out = y if step == steps - 1 else states[step]
+def _table(mask: Tensor | None, restart: float) -> str:
+    return "walk" if mask is None and restart == 0.0 else "walk_general"
+
+
+class TritonKernels:
+    """As `cc4s_kernels.ops.random_walk.steps.Kernels` says."""
+
+    rows = staticmethod(rows)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        x: Tensor,
+        start: Tensor,
+        mask: Tensor | None,
+        y: Tensor,
+        lse2: Tensor,
+        scale: float,
+        restart: float,
+    ) -> None:
+        batch, n, key = q.shape
+        value = x.shape[-1]
+        kind = precision(q.dtype)
+        config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
+        block_v = min(config.v, block_of(value))
+        splits = max(1, tiles(value, block_v))
         launch(
             walk_kernel,
             batch * tiles(n, config.m) * splits,
-            *(q, k, state, v, q if mask is None else mask.contiguous(), out, lse2),
-            *strides(q, k, state, v, out),
+            *(q, k, x, start, q if mask is None else mask.contiguous(), y, lse2),
+            *strides(q, k, x, start, y),
             *(n, scale * LOG2_E, 1.0 - restart, restart),
             KEY=key,
             VALUE=value,
@@ -331,143 +341,103 @@ def forward(
             PRECISION=kind,
             config=config,
         )
-        state = out
-    return y, lse2, states
 
+    def level(
+        self, g: Tensor, y: Tensor, start: Tensor, mask: Tensor | None, lse_grad: Tensor | None, restart: float
+    ) -> Tensor:
+        batch, n, value = g.shape
+        level = g.new_empty((batch, n), dtype=torch.float32)
+        config = choose("walk_level", target_of(g), g.dtype, "ieee", 0, value)
+        launch(
+            walk_level_kernel,
+            batch * tiles(n, config.m),
+            *(g, y, start, g if mask is None else mask.contiguous(), g if lse_grad is None else lse_grad.contiguous()),
+            level,
+            *strides(g, y, start),
+            *(n, restart),
+            VALUE=value,
+            BLOCK_M=config.m,
+            BLOCK_V=min(config.v, block_of(value)),
+            MASKED=mask is not None,
+            RESTART=restart != 0.0,
+            LSE_GRAD=lse_grad is not None,
+            config=config,
+        )
+        return level
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    lse2: Tensor,
-    states: Tensor,
-    y_grad: Tensor | None,
-    lse_grad: Tensor | None,
-    scale: float,
-    steps: int,
-    restart: float,
-    scores_needed: bool,
-    values_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the recursion of docs/method.md section 2; empty ones where not needed."""
-    q, k, v, y, lse2 = rows(q), rows(k), rows(v), rows(y), lse2.contiguous()
-    g = torch.zeros_like(v) if y_grad is None else rows(y_grad)
-    several = steps > 1
-    # Several steps add up their gradients in float32.
-    new = torch.zeros if several else torch.empty
-    sum_dtype = torch.float32 if several else q.dtype
-    q_grad, k_grad = (new(q.shape if scores_needed else 0, dtype=sum_dtype, device=q.device) for _ in "qk")
-    v_sum = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if values_needed and several else None
-    for step in reversed(range(steps)):
-        if scores_needed:
-            state = v if step == 0 else rows(states[step - 1])
-            after = y if step == steps - 1 else rows(states[step])
-            level = _level(g, after, v, mask, lse_grad if step == steps - 1 else None, restart)
-            for by_query, out in ((True, q_grad), (False, k_grad)):
-                _scores(q, k, g, state, mask, lse2, level, out, scale, 1.0 - restart, by_query, several)
-        if v_sum is not None:
-            v_sum += restart * (g if mask is None else g.masked_fill(~mask[..., None], 0.0))
-        if step > 0 or values_needed:
-            g = _transposed(q, k, g, mask, lse2, scale, 1.0 - restart, 0.0 if several else restart)
-    v_grad = (g if v_sum is None else v_sum.add_(g)) if values_needed else v.new_empty(0)
-    return q_grad.to(q.dtype), k_grad.to(q.dtype), v_grad.to(v.dtype)
+    def scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        g: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        lse2: Tensor,
+        level: Tensor,
+        q_grad: Tensor,
+        k_grad: Tensor,
+        scale: float,
+        keep: float,
+        accumulate: bool,
+    ) -> None:
+        batch, n, key = q.shape
+        value = g.shape[-1]
+        kind = precision(q.dtype)
+        config = choose("walk_scores", target_of(q), q.dtype, kind, key, value)
+        for sides, out in (((q, k, g, x), q_grad), ((k, q, x, g), k_grad)):
+            launch(
+                walk_scores_kernel,
+                batch * tiles(n, config.m),
+                *(*sides, q if mask is None else mask.contiguous(), lse2, level, out),
+                *strides(*sides, out),
+                *(n, scale * LOG2_E, keep, scale),
+                KEY=key,
+                VALUE=value,
+                BLOCK_M=config.m,
+                BLOCK_N=config.n,
+                BLOCK_KEY=block_of(key),
+                BLOCK_V=min(config.v, block_of(value)),
+                BY_QUERY=out is q_grad,
+                MASKED=mask is not None,
+                ACCUMULATE=accumulate,
+                PRECISION=kind,
+                config=config,
+            )
 
-
-def _table(mask: Tensor | None, restart: float) -> str:
-    return "walk" if mask is None and restart == 0.0 else "walk_general"
-
-
-def _level(g: Tensor, y: Tensor, start: Tensor, mask: Tensor | None, lse_grad: Tensor | None, restart: float) -> Tensor:
-    batch, n, value = g.shape
-    level = g.new_empty((batch, n), dtype=torch.float32)
-    config = choose("walk_level", target_of(g), g.dtype, "ieee", 0, value)
-    launch(
-        walk_level_kernel,
-        batch * tiles(n, config.m),
-        *(g, y, start, g if mask is None else mask.contiguous(), g if lse_grad is None else lse_grad.contiguous()),
-        level,
-        *strides(g, y, start),
-        *(n, restart),
-        VALUE=value,
-        BLOCK_M=config.m,
-        BLOCK_V=min(config.v, block_of(value)),
-        MASKED=mask is not None,
-        RESTART=restart != 0.0,
-        LSE_GRAD=lse_grad is not None,
-        config=config,
-    )
-    return level
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    g: Tensor,
-    state: Tensor,
-    mask: Tensor | None,
-    lse2: Tensor,
-    level: Tensor,
-    out: Tensor,
-    scale: float,
-    keep: float,
-    by_query: bool,
-    accumulate: bool,
-) -> None:
-    """The gradient of q (by_query) or k of one step, into `out`."""
-    batch, n, key = q.shape
-    value = g.shape[-1]
-    kind = precision(q.dtype)
-    config = choose("walk_scores", target_of(q), q.dtype, kind, key, value)
-    a, b, wide_a, wide_b = (q, k, g, state) if by_query else (k, q, state, g)
-    launch(
-        walk_scores_kernel,
-        batch * tiles(n, config.m),
-        *(a, b, wide_a, wide_b, q if mask is None else mask.contiguous(), lse2, level, out),
-        *strides(a, b, wide_a, wide_b, out),
-        *(n, scale * LOG2_E, keep, scale),
-        KEY=key,
-        VALUE=value,
-        BLOCK_M=config.m,
-        BLOCK_N=config.n,
-        BLOCK_KEY=block_of(key),
-        BLOCK_V=min(config.v, block_of(value)),
-        BY_QUERY=by_query,
-        MASKED=mask is not None,
-        ACCUMULATE=accumulate,
-        PRECISION=kind,
-        config=config,
-    )
-
-
-def _transposed(
-    q: Tensor, k: Tensor, g: Tensor, mask: Tensor | None, lse2: Tensor, scale: float, keep: float, restart: float
-) -> Tensor:
-    """keep Pᵀ g + restart g (B, N, D)."""
-    batch, n, key = q.shape
-    value = g.shape[-1]
-    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    kind = precision(q.dtype)
-    config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
-    block_v = min(config.v, block_of(value))
-    splits = max(1, tiles(value, block_v))
-    launch(
-        walk_transposed_kernel,
-        batch * tiles(n, config.m) * splits,
-        *(q, k, g, q if mask is None else mask.contiguous(), lse2, out),
-        *strides(q, k, g, out),
-        *(n, scale * LOG2_E, keep, restart),
-        KEY=key,
-        VALUE=value,
-        BLOCK_M=config.m,
-        BLOCK_N=config.n,
-        BLOCK_KEY=block_of(key),
-        BLOCK_V=block_v,
-        SPLITS=splits,
-        MASKED=mask is not None,
-        RESTART=restart != 0.0,
-        PRECISION=kind,
-        config=config,
-    )
-    return out
+    def transposed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        g: Tensor,
+        mask: Tensor | None,
+        lse2: Tensor,
+        scale: float,
+        keep: float,
+        restart: float,
+    ) -> Tensor:
+        batch, n, key = q.shape
+        value = g.shape[-1]
+        out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        kind = precision(q.dtype)
+        config = choose(_table(mask, restart), target_of(q), q.dtype, kind, key, value)
+        block_v = min(config.v, block_of(value))
+        splits = max(1, tiles(value, block_v))
+        launch(
+            walk_transposed_kernel,
+            batch * tiles(n, config.m) * splits,
+            *(q, k, g, q if mask is None else mask.contiguous(), lse2, out),
+            *strides(q, k, g, out),
+            *(n, scale * LOG2_E, keep, restart),
+            KEY=key,
+            VALUE=value,
+            BLOCK_M=config.m,
+            BLOCK_N=config.n,
+            BLOCK_KEY=block_of(key),
+            BLOCK_V=block_v,
+            SPLITS=splits,
+            MASKED=mask is not None,
+            RESTART=restart != 0.0,
+            PRECISION=kind,
+            config=config,
+        )
+        return out

@@ -234,89 +234,73 @@ def consistency_scores_kernel(
     store_rows(out + batch * out_batch, out_row, first, inside, 0, result, KEY, BLOCK_M, BLOCK_KEY)
 
 
-def forward(
-    q: Tensor, k: Tensor, q_target: Tensor, k_target: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """kl, P_ii, P'_ii, lse2 and lse2 of the target, each (B, N) float32."""
-    q, k, q_target, k_target = rows(q), rows(k), rows(q_target), rows(k_target)
-    batch, n, key = q.shape
-    kl, diagonal, diagonal_target, lse2, lse2_target = (
-        torch.empty((batch, n), dtype=torch.float32, device=q.device) for _ in range(5)
-    )
-    kind = precision(q.dtype)
-    config = choose("consistency", target_of(q), q.dtype, kind, key)
-    launch(
-        consistency_kernel,
-        batch * tiles(n, config.m),
-        *(q, k, q_target, k_target, q if mask is None else mask.contiguous()),
-        *(kl, diagonal, diagonal_target, lse2, lse2_target),
-        *strides(q, k, q_target, k_target),
-        *(n, scale * LOG2_E),
-        KEY=key,
-        BLOCK_M=config.m,
-        BLOCK_N=config.n,
-        BLOCK_KEY=min(config.v, block_of(key)),
-        MASKED=mask is not None,
-        PRECISION=kind,
-        config=config,
-    )
-    return kl, diagonal, diagonal_target, lse2, lse2_target
+class TritonKernels:
+    """As `cc4s_kernels.ops.transition_consistency.passes.Kernels` says."""
 
+    rows = staticmethod(rows)
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    q_target: Tensor,
-    k_target: Tensor,
-    mask: Tensor | None,
-    diagonal: Tensor,
-    lse2: Tensor,
-    lse2_target: Tensor,
-    kl_grad: Tensor | None,
-    diagonal_grad: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k."""
-    q, k, q_target, k_target = rows(q), rows(k), rows(q_target), rows(k_target)
-    lse2, lse2_target = lse2.contiguous(), lse2_target.contiguous()
-    batch, n, key = q.shape
-    q_grad, k_grad = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in "qk")
-    g = torch.zeros_like(diagonal) if kl_grad is None else kl_grad
-    s = torch.zeros_like(diagonal) if diagonal_grad is None else diagonal_grad * diagonal
-    g, s, unit = _in_units(g, s)
-    kind = precision(q.dtype)
-    config = choose("consistency_scores", target_of(q), q.dtype, kind, key)
-    for by_query, sides, out in (
-        (True, (q, k, q_target, k_target), q_grad),
-        (False, (k, q, k_target, q_target), k_grad),
-    ):
+    def divergences(
+        self, q: Tensor, k: Tensor, q_target: Tensor, k_target: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        batch, n, key = q.shape
+        kl, diagonal, diagonal_target, lse2, lse2_target = (
+            torch.empty((batch, n), dtype=torch.float32, device=q.device) for _ in range(5)
+        )
+        kind = precision(q.dtype)
+        config = choose("consistency", target_of(q), q.dtype, kind, key)
         launch(
-            consistency_scores_kernel,
+            consistency_kernel,
             batch * tiles(n, config.m),
-            *(*sides, q if mask is None else mask.contiguous(), lse2, lse2_target, g, s, unit, out),
-            *strides(*sides, out),
-            *(n, scale * LOG2_E, scale),
+            *(q, k, q_target, k_target, q if mask is None else mask.contiguous()),
+            *(kl, diagonal, diagonal_target, lse2, lse2_target),
+            *strides(q, k, q_target, k_target),
+            *(n, scale * LOG2_E),
             KEY=key,
             BLOCK_M=config.m,
             BLOCK_N=config.n,
-            BLOCK_KEY=block_of(key),
-            BY_QUERY=by_query,
+            BLOCK_KEY=min(config.v, block_of(key)),
             MASKED=mask is not None,
             PRECISION=kind,
             config=config,
         )
-    return q_grad, k_grad
+        return kl, diagonal, diagonal_target, lse2, lse2_target
 
-
-def _in_units(g: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`g` and `s` in units of a power of two that makes the largest about 1024, and that unit.
-
-    The gradient of a mean over positions times a probability is below the smallest float16.
-    """
-    if g.numel() == 0:
-        return g, s, g.new_ones(1)
-    largest = torch.maximum(g.abs().amax(), s.abs().amax())
-    # Bounded so that the unit and its inverse are normal numbers, whatever the gradients are.
-    exponent = (torch.frexp(largest).exponent - 10).clamp(-120, 120)
-    unit = torch.ldexp(torch.ones_like(largest), exponent)
-    return (g / unit).contiguous(), (s / unit).contiguous(), unit.reshape(1)
+    def scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_target: Tensor,
+        k_target: Tensor,
+        mask: Tensor | None,
+        lse2: Tensor,
+        lse2_target: Tensor,
+        kl_grad: Tensor,
+        trace_grad: Tensor,
+        unit: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        batch, n, key = q.shape
+        q_grad, k_grad = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in "qk")
+        kind = precision(q.dtype)
+        config = choose("consistency_scores", target_of(q), q.dtype, kind, key)
+        for by_query, sides, out in (
+            (True, (q, k, q_target, k_target), q_grad),
+            (False, (k, q, k_target, q_target), k_grad),
+        ):
+            launch(
+                consistency_scores_kernel,
+                batch * tiles(n, config.m),
+                *(*sides, q if mask is None else mask.contiguous()),
+                *(lse2, lse2_target, kl_grad, trace_grad, unit, out),
+                *strides(*sides, out),
+                *(n, scale * LOG2_E, scale),
+                KEY=key,
+                BLOCK_M=config.m,
+                BLOCK_N=config.n,
+                BLOCK_KEY=block_of(key),
+                BY_QUERY=by_query,
+                MASKED=mask is not None,
+                PRECISION=kind,
+                config=config,
+            )
+        return q_grad, k_grad
