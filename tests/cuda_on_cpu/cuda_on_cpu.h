@@ -6,6 +6,8 @@
 // may be interrupted at each atomic: a missing barrier or an order that matters shows as a result that changes with the
 // seed. An asynchronous copy happens when its thread waits for it, and dynamic shared memory starts as NaN: a missing wait
 // shows. What it cannot show: races of plain loads and stores, speed, and whether PTX does what its twin here does.
+// seed. What it cannot show: races of plain loads and stores, alignment, speed. `sm90_on_cpu.h` adds Hopper's copies and
+// products.
 #pragma once
 
 #include <dlfcn.h>
@@ -66,7 +68,7 @@ namespace cuda_on_cpu {
   std::abort();
 }
 
-enum class State { kReady, kBlockBarrier, kWarpBarrier, kDone };
+enum class State { kReady, kBlockBarrier, kWarpBarrier, kPolling, kDone };
 
 // A copy to shared memory that is on its way: it happens when its thread waits for it.
 struct Copy {
@@ -93,7 +95,19 @@ struct Fiber {
   unsigned collectives = 0;
   int vote = 0;  // what it gives to a block barrier
   std::vector<std::vector<Copy>> copies;  // by group; the last one is open
+  std::function<bool()> ready;  // what it polls for
 };
+
+// Work of a block that runs beside its threads, such as copies.
+struct Agent {
+  virtual ~Agent() = default;
+  virtual void start() = 0;
+  // Does some of its work or none, all of it where random is null; whether it did any.
+  virtual bool step(std::mt19937* random) = 0;
+  // All threads have ended.
+  virtual void finish() = 0;
+};
+inline Agent* agent = nullptr;
 
 // The block that runs. Threads are numbered x first.
 class Block {
@@ -118,8 +132,19 @@ class Block {
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Block::enter, 0);
     }
+    if (agent != nullptr) agent->start();
     schedule();
+    if (agent != nullptr) agent->finish();
   }
+
+  // Until `ready()`.
+  void poll(std::function<bool()> ready) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.ready = std::move(ready);
+    fiber.state = State::kPolling;
+    leave();
+  }
+  unsigned thread() const { return current_; }
 
   // __syncthreads, and the number of threads whose vote is not 0.
   int block_barrier(int vote) {
@@ -192,12 +217,17 @@ class Block {
       if (random_ != nullptr) std::shuffle(order_.begin(), order_.end(), *random_);
       bool ran = false;
       for (const unsigned i : order_) {
-        if (fibers_[i]->state != State::kReady || slow_[i / 32]) continue;
+        if (slow_[i / 32]) continue;
+        if (fibers_[i]->state == State::kPolling && fibers_[i]->ready()) fibers_[i]->state = State::kReady;
+        if (fibers_[i]->state != State::kReady) continue;
         ran = true;
         resume(i);
       }
       const bool warps = release_warps();
-      if (ran || warps) continue;
+      // Beside the threads now and then, and where these can go no further.
+      const bool now = random_ == nullptr || (*random_)() % 4 == 0 || !(ran || warps);
+      const bool beside = agent != nullptr && now && agent->step(random_);
+      if (ran || warps || beside) continue;
       if (std::find(slow_.begin(), slow_.end(), true) != slow_.end()) {
         std::fill(slow_.begin(), slow_.end(), false);
         continue;
@@ -263,6 +293,11 @@ class Block {
       if (fiber.state == State::kWarpBarrier) {
         current_ = i;
         fail("a lane waits in a collective that the others of its mask do not reach");
+      }
+      if (fiber.state == State::kPolling) {
+        current_ = i;
+        threadIdx = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
+        fail("a thread waits for what never comes");
       }
     }
     for (unsigned i = 0; i < count_; ++i) {
