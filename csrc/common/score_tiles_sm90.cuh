@@ -149,4 +149,40 @@ __device__ __forceinline__ void store_row(T* row, const float (&d)[count], int h
   }
 }
 
+// Rows for TMA: out [B, n, width] contiguous, zeros where a position is no state. Strides in elements, width a multiple
+// of 8; `wide`: columns are adjacent and rows start at multiples of 16 bytes.
+template <class T>
+struct Rows {
+  const T* from;
+  long long batch, row, column;
+  const bool* mask;  // [B, n] or null
+  T* out;
+  long long parts;  // B n width / 8
+  int n, width;
+  bool wide;
+};
+constexpr int kCopyThreads = 256;
+
+template <class T>
+__global__ void copy_rows(const Rows<T> w) {
+  const long long part = static_cast<long long>(blockIdx.x) * kCopyThreads + threadIdx.x;
+  if (part >= w.parts) return;
+  const long long position = part / (w.width / 8);
+  const int column = static_cast<int>(part % (w.width / 8)) * 8;
+  unsigned v[4] = {0, 0, 0, 0};
+  if (w.mask == nullptr || w.mask[position]) {
+    const T* const from = w.from + position / w.n * w.batch + position % w.n * w.row + column * w.column;
+    if (w.wide) {
+      const uint4 all = *reinterpret_cast<const uint4*>(from);
+      v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[i] = from[2 * i * w.column].bits | static_cast<unsigned>(from[(2 * i + 1) * w.column].bits) << 16;
+      }
+    }
+  }
+  *reinterpret_cast<uint4*>(w.out + part * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
 }  // namespace sm90

@@ -244,5 +244,311 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// ---- gradients of Q and K
+
+// <g, y - restart start> - lse_grad of each position, 0 where it is no state; one warp for one. Widths are multiples of
+// 8, rows start at multiples of 16 bytes.
+template <class T>
+struct Level {
+  const T *g, *y, *start;  // [B, n, width]; start is not read where restart is 0
+  long long g_batch, g_row, y_batch, y_row, start_batch, start_row;
+  const bool* mask;       // [B, n] or null
+  const float* lse_grad;  // [B, n] or null
+  float* level;           // [B, n] out
+  long long positions;    // B n
+  int n, width;
+  float restart;
+};
+constexpr int kLevelThreads = 256;
+
+template <class T>
+__device__ __forceinline__ float dot_of_two(unsigned a, unsigned b, unsigned start, float restart) {
+  float a_low, a_high, b_low, b_high, start_low, start_high;
+  unpack<T>(a, a_low, a_high);
+  unpack<T>(b, b_low, b_high);
+  unpack<T>(start, start_low, start_high);
+  return a_low * (b_low - restart * start_low) + a_high * (b_high - restart * start_high);
+}
+
+template <class T>
+__global__ void level(const Level<T> w) {
+  const long long position = (static_cast<long long>(blockIdx.x) * kLevelThreads + threadIdx.x) / 32;
+  if (position >= w.positions) return;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const long long batch = position / w.n, row = position % w.n;
+  const bool valid = w.mask == nullptr || w.mask[position];
+  float sum = 0.0f;
+  for (int column = lane * 8; column < w.width && valid; column += 256) {
+    const uint4 g = *reinterpret_cast<const uint4*>(w.g + batch * w.g_batch + row * w.g_row + column);
+    const uint4 y = *reinterpret_cast<const uint4*>(w.y + batch * w.y_batch + row * w.y_row + column);
+    uint4 start = make_uint4(0, 0, 0, 0);
+    if (w.restart != 0.0f) {
+      start = *reinterpret_cast<const uint4*>(w.start + batch * w.start_batch + row * w.start_row + column);
+    }
+    sum += dot_of_two<T>(g.x, y.x, start.x, w.restart) + dot_of_two<T>(g.y, y.y, start.y, w.restart) +
+           dot_of_two<T>(g.z, y.z, start.z, w.restart) + dot_of_two<T>(g.w, y.w, start.w, w.restart);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (lane == 0) w.level[position] = valid ? sum - (w.lse_grad == nullptr ? 0.0f : w.lse_grad[position]) : 0.0f;
+}
+
+template <class T>
+struct Scores {
+  const bool* mask;    // [B, n] or null
+  const float* lse2;   // [B, n]
+  const float* level;  // [B, n], of the kernel above
+  T* out;              // [B, n, width of q], contiguous; null where `sums` is given
+  float* sums;         // the same in float32, added to
+  int n, key, chunks;  // chunks: of 64 columns of v
+  float factor, keep, scale;
+};
+
+// Shared memory of `scores`: owned tiles of the narrow and the wide side, a ring of narrow tiles with lse2, level and
+// bits, and a ring of chunks (64 positions x 64 columns) of wide tiles.
+template <int key>
+struct ScoresMemory {
+  static constexpr int kMostChunks = 8, kNarrowStages = 2, kChunks = key == 64 ? 8 : 4;
+  static constexpr int kOwnBytes = kOwned * key * 2, kOwnChunk = kOwned * kSlabRow;
+  static constexpr int kNarrowBytes = kTile * key * 2, kChunkBytes = kTile * kSlabRow;
+  static constexpr int kBytes = kOwnBytes + kMostChunks * kOwnChunk + kNarrowStages * kNarrowBytes +
+                                kChunks * kChunkBytes + 2 * 1024;
+  static_assert(kBytes <= kSharedBytes);
+
+  char *own, *own_wide, *narrow_ring, *chunk_ring;
+  float *lse2, *level;       // [stages, 64]
+  unsigned long long* bits;  // [stages]
+  Barrier *own_full, *narrow_full, *narrow_empty, *chunk_full, *chunk_empty;
+
+  __device__ __forceinline__ explicit ScoresMemory(char* memory) {
+    own = memory;
+    own_wide = own + kOwnBytes;
+    narrow_ring = own_wide + kMostChunks * kOwnChunk;
+    chunk_ring = narrow_ring + kNarrowStages * kNarrowBytes;
+    lse2 = reinterpret_cast<float*>(chunk_ring + kChunks * kChunkBytes);
+    level = lse2 + kNarrowStages * kTile;
+    bits = reinterpret_cast<unsigned long long*>(level + kNarrowStages * kTile);
+    own_full = bits + kNarrowStages;
+    narrow_full = own_full + 1;
+    narrow_empty = narrow_full + kNarrowStages;
+    chunk_full = narrow_empty + kNarrowStages;
+    chunk_empty = chunk_full + kChunks;
+  }
+  __device__ __forceinline__ char* narrow(int stage) const { return narrow_ring + stage * kNarrowBytes; }
+  __device__ __forceinline__ char* chunk(int stage) const { return chunk_ring + stage * kChunkBytes; }
+};
+
+// Copies the owned tiles, then for each tile of the other side its narrow part and the chunks of the wide one; one warp.
+template <class T, int key, bool by_query>
+__device__ __forceinline__ void scores_copies(const ScoresMemory<key>& memory, const TensorMap& own,
+                                              const TensorMap& other, const TensorMap& wide_own,
+                                              const TensorMap& wide_other, const Scores<T>& w, const bool* mask,
+                                              const float* lse2, const float* level, int first, int batch) {
+  using Memory = ScoresMemory<key>;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (lane == 0) {
+    arrive_expect(memory.own_full, Memory::kOwnBytes + w.chunks * Memory::kOwnChunk);
+#pragma unroll
+    for (int slab = 0; slab < key / kSlab; ++slab) {
+      load(own, memory.own + slab * kOwned * kSlabRow, memory.own_full, slab * kSlab, first, batch);
+    }
+    for (int chunk = 0; chunk < w.chunks; ++chunk) {
+      load(wide_own, memory.own_wide + chunk * Memory::kOwnChunk, memory.own_full, chunk * kSlab, first, batch);
+    }
+  }
+  Place narrow, place;
+  for (int position = 0; position < w.n; position += kTile) {
+    // From global memory before the wait for a buffer.
+    const unsigned long long bits = valid_positions(mask, position, w.n);
+    float lse2_of[2], level_of[2];
+    if (!by_query) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool valid = bits >> (lane + 32 * i) & 1;
+        lse2_of[i] = valid ? lse2[position + lane + 32 * i] : kInfinity;
+        level_of[i] = valid ? level[position + lane + 32 * i] : 0.0f;
+      }
+    }
+    Barrier* const full = memory.narrow_full + narrow.stage;
+    wait(memory.narrow_empty + narrow.stage, narrow.parity ^ 1);
+    if (!by_query) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        memory.lse2[narrow.stage * kTile + lane + 32 * i] = lse2_of[i];
+        memory.level[narrow.stage * kTile + lane + 32 * i] = level_of[i];
+      }
+    }
+    if (lane == 0) {
+      memory.bits[narrow.stage] = bits;
+      arrive_expect(full, Memory::kNarrowBytes);
+#pragma unroll
+      for (int slab = 0; slab < key / kSlab; ++slab) {
+        load(other, memory.narrow(narrow.stage) + slab * kTile * kSlabRow, full, slab * kSlab, position, batch);
+      }
+      for (int chunk = 0; chunk < w.chunks; ++chunk) {
+        wait(memory.chunk_empty + place.stage, place.parity ^ 1);
+        arrive_expect(memory.chunk_full + place.stage, Memory::kChunkBytes);
+        load(wide_other, memory.chunk(place.stage), memory.chunk_full + place.stage, chunk * kSlab, position, batch);
+        place.next(Memory::kChunks);
+      }
+    } else {
+      arrive(full);
+    }
+    __syncwarp();
+    narrow.next(Memory::kNarrowStages);
+  }
+}
+
+// product [64, 64] (+)= own chunk^T over 64 columns.
+template <class T, bool first>
+__device__ __forceinline__ void multiply_chunk(float (&product)[32], const char* own, const char* chunk) {
+#pragma unroll
+  for (int step = 0; step < kSlab / 16; ++step) {
+    multiply<T>(product, by_columns(own, kOwned, step), by_columns(chunk, kTile, step), !first || step > 0);
+  }
+}
+
+// The gradient of q (by_query) or of k: out = scale dE other, dE_ij = P_ij (keep <g_i, state_j> - level_i), of 128 rows.
+// own [B, n, key] in boxes of 128 rows and other [B, n, key] in boxes of 64: q and k, or k and q; wide_own and wide_other
+// [B, n, D] likewise: g and the state, or the state and g. D <= 512.
+template <class T, int key, bool by_query>
+__global__ void __launch_bounds__(kThreads, 1)
+    scores(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
+           const __grid_constant__ TensorMap wide_own, const __grid_constant__ TensorMap wide_other,
+           const Scores<T> w) {
+  using Memory = ScoresMemory<key>;
+  const Memory memory(shared_memory());
+  const int blocks = (w.n + kOwned - 1) / kOwned, tiles = (w.n + kTile - 1) / kTile;
+  const int first = static_cast<int>(blockIdx.x) % blocks * kOwned, batch = static_cast<int>(blockIdx.x) / blocks;
+  const long long start = static_cast<long long>(batch) * w.n;
+  const bool* const mask = w.mask == nullptr ? nullptr : w.mask + start;
+  const float *const lse2 = w.lse2 + start, *const level = w.level + start;
+  const int warp = warp_of_block();
+
+  if (threadIdx.x == 0) {
+    init(memory.own_full, 1);
+    for (int stage = 0; stage < Memory::kNarrowStages; ++stage) {
+      init(memory.narrow_full + stage, 32);
+      init(memory.narrow_empty + stage, kConsumerWarps);
+    }
+    for (int stage = 0; stage < Memory::kChunks; ++stage) {
+      init(memory.chunk_full + stage, 1);
+      init(memory.chunk_empty + stage, kConsumerWarps);
+    }
+    fence_init();
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    give_registers<kProducerRegisters>();
+    if (warp == 0) {
+      scores_copies<T, key, by_query>(memory, own, other, wide_own, wide_other, w, mask, lse2, level, first, batch);
+    }
+    return;
+  }
+  take_registers<kConsumerRegisters>();
+  const int group = warp / 4 - 1, lane = static_cast<int>(threadIdx.x % 32);
+  const char* const own_tile = memory.own + group * 64 * kSlabRow;
+  const char* const own_wide = memory.own_wide + group * 64 * kSlabRow;
+  const int row = first + group * 64 + warp % 4 * 16 + lane / 4;
+  float own_lse2[2], own_level[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool valid = is_valid(mask, row + 8 * half, w.n);
+    own_lse2[half] = by_query && valid ? lse2[row + 8 * half] : kInfinity;
+    own_level[half] = by_query && valid ? level[row + 8 * half] : 0.0f;
+  }
+  float sums[key / 2], s[32], product[32];
+  unsigned gradient[4][4];
+#pragma unroll
+  for (int i = 0; i < key / 2; ++i) sums[i] = 0.0f;
+
+  // In flight: the next tile's scores with this one's share of the sums, then chunk after chunk.
+  wait(memory.own_full, 0);
+  Place narrow, place;
+  wait(memory.narrow_full, 0);
+  fence(s, sums);
+  multiply_scores<T, key>(s, own_tile, memory.narrow(0));
+  commit();
+  for (int tile = 0;; ++tile) {
+    wait(memory.chunk_full + place.stage, place.parity);
+    fence(product);
+    multiply_chunk<T, true>(product, own_wide, memory.chunk(place.stage));
+    commit();
+    wait_products<1>(s, sums);
+    if (tile > 0) release(memory.narrow_empty + (narrow.stage ^ 1));
+    // While the chunk is multiplied.
+    if (by_query) {
+      keep_bits(s, memory.bits[narrow.stage]);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = exp2_approximate(s[i] * w.factor - own_lse2[i / 2 % 2]);
+    } else {
+      column_weights(s, memory.lse2 + narrow.stage * kTile, w.factor);
+    }
+    int stage_before = place.stage;
+    place.next(Memory::kChunks);
+    for (int chunk = 1; chunk < w.chunks; ++chunk) {
+      wait(memory.chunk_full + place.stage, place.parity);
+      fence();
+      multiply_chunk<T, false>(product, own_wide + chunk * Memory::kOwnChunk, memory.chunk(place.stage));
+      commit();
+      wait_products<1>();
+      release(memory.chunk_empty + stage_before);
+      stage_before = place.stage;
+      place.next(Memory::kChunks);
+    }
+    wait_products<0>(product);
+    release(memory.chunk_empty + stage_before);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float2 column = {0.0f, 0.0f};
+      if (!by_query) {
+        column = *reinterpret_cast<const float2*>(memory.level + narrow.stage * kTile + 8 * j + lane % 4 * 2);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 4 * j + 2 * half;
+        s[i] *= w.keep * product[i] - (by_query ? own_level[half] : column.x);
+        s[i + 1] *= w.keep * product[i + 1] - (by_query ? own_level[half] : column.y);
+      }
+    }
+    operands<T>(gradient, s);
+    if (tile + 1 == tiles) break;
+    const char* const tile_before = memory.narrow(narrow.stage);
+    narrow.next(Memory::kNarrowStages);
+    wait(memory.narrow_full + narrow.stage, narrow.parity);
+    fence(s, sums);
+    multiply_scores<T, key>(s, own_tile, memory.narrow(narrow.stage));
+    multiply_weights<T>(sums, gradient, tile_before);
+    commit();
+  }
+  fence(sums);
+  multiply_weights<T>(sums, gradient, memory.narrow(narrow.stage));
+  commit();
+  wait_products<0>(sums);
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + 8 * half;
+    const bool valid = is_valid(mask, at, w.n);
+#pragma unroll
+    for (int i = 0; i < key / 2; ++i) {
+      if (i / 2 % 2 == half) sums[i] = valid ? sums[i] * w.scale : 0.0f;
+    }
+    if (w.sums != nullptr) {
+      float* const to = w.sums + (start + at) * w.key;
+#pragma unroll
+      for (int i = 2 * half; i < key / 2; i += 4) {
+        const int column = i / 4 * 8 + lane % 4 * 2;
+        if (!valid || column >= w.key) continue;
+        to[column] += sums[i];
+        to[column + 1] += sums[i + 1];
+      }
+    } else {
+      store_row(at < w.n ? w.out + (start + at) * w.key : nullptr, sums, half, w.key);
+    }
+  }
+}
+
 }  // namespace hopper
 }  // namespace random_walk

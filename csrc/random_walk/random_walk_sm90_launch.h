@@ -58,5 +58,34 @@ void run_walk(Launch&& launch, const Sizes& s, const Matrix<T>& own, const Matri
   }
 }
 
+template <class T, class Launch>
+void run_level(Launch&& launch, const Sizes& s, const Matrix<T>& g, const Matrix<T>& y, const Matrix<T>& start,
+               float restart, const bool* mask, const float* lse_grad, float* out) {
+  const long long positions = static_cast<long long>(s.batch) * s.n, blocks = (positions * 32 - 1) / kLevelThreads + 1;
+  launch(dim3(static_cast<unsigned>(blocks)), dim3(kLevelThreads), 0, level<T>,
+         Level<T>{g.data, y.data, start.data, g.batch, g.row, y.batch, y.row, start.batch, start.row, mask, lse_grad,
+                  out, positions, s.n, s.value, restart});
+}
+
+// The gradient of own = q (by_query) or k into `out` or added to `sums` of w, of which the mask, lse2, level and the
+// factors are given too.
+template <class T, bool by_query, class Launch>
+void run_scores(Launch&& launch, const Sizes& s, const Matrix<T>& own, const Matrix<T>& other,
+                const Matrix<T>& wide_own, const Matrix<T>& wide_other, Scores<T> w) {
+  w.n = s.n;
+  w.key = s.key;
+  w.chunks = parts_of(s.value, kSlab);
+  const dim3 grid(static_cast<unsigned>(static_cast<long long>(parts_of(s.n, kOwned)) * s.batch));
+  const auto run = [&](auto kernel, int bytes) {
+    launch(grid, dim3(kThreads), bytes, kernel, map_of(launch, s, own, kOwned), map_of(launch, s, other, kTile),
+           map_of(launch, s, wide_own, kOwned), map_of(launch, s, wide_other, kTile), w);
+  };
+  if (s.key > 64) {
+    run(scores<T, 128, by_query>, ScoresMemory<128>::kBytes);
+  } else {
+    run(scores<T, 64, by_query>, ScoresMemory<64>::kBytes);
+  }
+}
+
 }  // namespace hopper
 }  // namespace random_walk
