@@ -5,19 +5,25 @@
 // Under g++ tests/cuda_on_cpu/sm90_on_cpu.h, included before, has the second body of each function.
 #pragma once
 
-namespace sm90 {
+#include "common/mma_sm80.cuh"
+
+namespace hopper {
+
+using mma_sm80::BFloat16;
+using mma_sm80::exp2_of;
+using mma_sm80::Half;
+using mma_sm80::infinity;
+using mma_sm80::is_valid;
+using mma_sm80::kWarp;
+using mma_sm80::log2_of;
+using mma_sm80::pack;
+using mma_sm80::row_max;
+using mma_sm80::row_sum;
+using mma_sm80::widen;
 
 // A CUtensorMap: how an array [batch, rows, columns] is cut into boxes.
 struct alignas(64) TensorMap {
   unsigned long long words[16];
-};
-
-// Element types, as bits.
-struct Bfloat16 {
-  unsigned short bits;
-};
-struct Float16 {
-  unsigned short bits;
 };
 
 using Barrier = unsigned long long;
@@ -29,10 +35,10 @@ constexpr int kSlab = 64, kSlabRow = 128;
 // What a block may use, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 constexpr int kSharedBytes = 227 * 1024;
 
-#ifdef __CUDACC__
+#ifndef CC4S_CUDA_ON_CPU
 
-extern __shared__ __align__(1024) char dynamic_shared[];
-__device__ __forceinline__ char* shared_memory() { return dynamic_shared; }
+extern __shared__ __align__(1024) char shared[];
+__device__ __forceinline__ char* shared_memory() { return shared; }
 
 __device__ __forceinline__ unsigned address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -86,6 +92,9 @@ __device__ __forceinline__ void load(const TensorMap& map, void* tile, Barrier* 
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+
+// What this thread wrote to shared memory is seen by products and copies that start later.
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers of a warpgroup
 
@@ -202,55 +211,14 @@ __device__ __forceinline__ void multiply(float (&d)[count], const unsigned (&a)[
   __device__ __forceinline__ void multiply<T, N / 2>(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b) { \
     CC4S_REGISTERS_##N(type);                                                                                         \
   }
-CC4S_MULTIPLY(Bfloat16, "bf16", 64)
-CC4S_MULTIPLY(Bfloat16, "bf16", 128)
-CC4S_MULTIPLY(Bfloat16, "bf16", 256)
-CC4S_MULTIPLY(Float16, "f16", 64)
-CC4S_MULTIPLY(Float16, "f16", 128)
-CC4S_MULTIPLY(Float16, "f16", 256)
+CC4S_MULTIPLY(BFloat16, "bf16", 64)
+CC4S_MULTIPLY(BFloat16, "bf16", 128)
+CC4S_MULTIPLY(BFloat16, "bf16", 256)
+CC4S_MULTIPLY(Half, "f16", 64)
+CC4S_MULTIPLY(Half, "f16", 128)
+CC4S_MULTIPLY(Half, "f16", 256)
 
-// ---- numbers
-
-// 2^x, at most 2 ulp; results below the smallest normal number are 0.
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_approximate(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// Both rounded to T, the first in the low half.
-template <class T>
-__device__ __forceinline__ unsigned pack(float low, float high);
-template <>
-__device__ __forceinline__ unsigned pack<Bfloat16>(float low, float high) {
-  unsigned both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-template <>
-__device__ __forceinline__ unsigned pack<Float16>(float low, float high) {
-  unsigned both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-template <class T>
-__device__ __forceinline__ float widen(T value);
-template <>
-__device__ __forceinline__ float widen(Bfloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
-template <>
-__device__ __forceinline__ float widen(Float16 value) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(value.bits));
-  return y;
-}
-
-#endif  // __CUDACC__
+#endif
 
 template <class T>
 __device__ __forceinline__ void unpack(unsigned both, float& low, float& high) {
@@ -299,5 +267,5 @@ struct Place {
   }
 };
 
-}  // namespace sm90
+}  // namespace hopper
 

@@ -3,25 +3,13 @@
 #pragma once
 
 #include "common/score_tiles_sm90.cuh"
+#include "random_walk/random_walk_params.h"
 
-namespace random_walk {
-namespace hopper {
+namespace random_walk::sm90 {
 
-using namespace sm90;
+using namespace hopper;
 
 // ---- P V, or P^T G
-
-// Rows of `out` are contiguous; what a pointer holds stands at the kernel.
-template <class T>
-struct Walk {
-  const bool* mask;  // [B, n] or null
-  float* lse2;       // [B, n]
-  T* out;            // [B, n, width]
-  const T* start;    // [B, n, width] with the strides below; not read where restart is 0
-  long long start_batch, start_row;
-  int n, width, splits;
-  float factor, keep, restart;
-};
 
 // Shared memory of `walk`: the owned tile, the ring of tiles, then lse2 and bits of each buffer, and the barriers.
 template <int key, int value>
@@ -72,7 +60,7 @@ __device__ __forceinline__ void walk_copies(const WalkMemory<key, value>& memory
   for (int position = 0; position < n; position += kTile) {
     // From global memory before the wait for a buffer.
     const unsigned long long bits = valid_positions(mask, position, n);
-    float low = kInfinity, high = kInfinity;
+    float low = infinity(), high = infinity();
     if (transposed) {
       if (bits >> lane & 1) low = lse2[position + lane];
       if (bits >> (lane + 32) & 1) high = lse2[position + lane + 32];
@@ -101,45 +89,33 @@ __device__ __forceinline__ void walk_copies(const WalkMemory<key, value>& memory
   }
 }
 
-// Products of scores become weights exp2(score - lse2) in place; lse2: of the tile's columns.
-__device__ __forceinline__ void column_weights(float (&s)[32], const float* lse2, float factor) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float2 column = *reinterpret_cast<const float2*>(lse2 + 8 * j + threadIdx.x % 4 * 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      s[4 * j + 2 * half] = exp2_approximate(s[4 * j + 2 * half] * factor - column.x);
-      s[4 * j + 2 * half + 1] = exp2_approximate(s[4 * j + 2 * half + 1] * factor - column.y);
-    }
-  }
-}
-
 template <bool transposed>
 __device__ __forceinline__ void walk_weights(float (&s)[32], unsigned long long bits, const float* lse2, float factor,
                                              Softmax& softmax, float (&decay)[2]) {
+  keep_bits(s, bits, -infinity());
   if constexpr (transposed) {
     column_weights(s, lse2, factor);
   } else {
-    keep_bits(s, bits);
     softmax.take(s, factor, decay);
   }
 }
 
-// out = keep P wide + restart start of 128 rows and `value` columns, with lse2 written; or, transposed,
-// out = keep P^T wide + restart start with lse2 read. own [B, n, key] in boxes of 128 rows: q, transposed k;
-// other [B, n, key] in boxes of 64: k, transposed q; wide [B, n, width] in boxes of 64: v, transposed g.
+// 128 rows and `value` columns of a step, or of a transposed one. own in boxes of 128 rows: q, transposed k; other in boxes
+// of 64: k, transposed q; wide in boxes of 64: x.
 template <class T, int key, int value, bool transposed>
 __global__ void __launch_bounds__(kThreads, 1)
     walk(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
-         const __grid_constant__ TensorMap wide, const Walk<T> w) {
+         const __grid_constant__ TensorMap wide, const Step<T> w) {
   using Memory = WalkMemory<key, value>;
   const Memory memory(shared_memory());
-  const int blocks = (w.n + kOwned - 1) / kOwned, tiles = (w.n + kTile - 1) / kTile;
+  const Problem& problem = w.problem;
+  const int n = problem.n, width = w.y.width;
+  const int blocks = (n + kOwned - 1) / kOwned, tiles = (n + kTile - 1) / kTile, splits = (width + value - 1) / value;
   const int block = static_cast<int>(blockIdx.x);
-  const int first = block % blocks * kOwned, column = block / blocks % w.splits * value;
-  const int batch = block / blocks / w.splits;
-  const bool* const mask = w.mask == nullptr ? nullptr : w.mask + static_cast<long long>(batch) * w.n;
-  float* const lse2 = w.lse2 + static_cast<long long>(batch) * w.n;
+  const int first = block % blocks * kOwned, column = block / blocks % splits * value;
+  const int batch = block / blocks / splits;
+  const bool* const mask = problem.mask == nullptr ? nullptr : problem.mask + static_cast<long long>(batch) * n;
+  float* const lse2 = w.lse2 + static_cast<long long>(batch) * n;
   const int warp = warp_of_block();
 
   if (threadIdx.x == 0) {
@@ -155,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     give_registers<kProducerRegisters>();
     if (warp == 0) {
-      walk_copies<key, value, transposed>(memory, own, other, wide, mask, lse2, w.n, first, column, batch);
+      walk_copies<key, value, transposed>(memory, own, other, wide, mask, lse2, n, first, column, batch);
     }
     return;
   }
@@ -169,22 +145,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < value / 2; ++i) sums[i] = 0.0f;
 
   // Group 0 issues its products first, then the groups take turns: one computes weights while the other multiplies.
-  const int my_turn = 1 + group, other_turn = 2 - group;
+  const int my_turn = kTurnBarrier + group, other_turn = kTurnBarrier + 1 - group;
   if (group == 1) named_arrive(other_turn, 2 * kWarpgroup);
   wait(memory.own_full, 0);
   Place now, before;
   wait(memory.full, 0);
+  clear_rows(memory.wide(0), value / kSlab, memory.bits[0], group);
   named_sync(my_turn, 2 * kWarpgroup);
   fence(s);
   multiply_scores<T, key>(s, own_tile, memory.other(0));
   commit();
   if (group == 0 || tiles > 1) named_arrive(other_turn, 2 * kWarpgroup);
   wait_products<0>(s);
-  walk_weights<transposed>(s, memory.bits[0], memory.lse2, w.factor, softmax, decay);
+  walk_weights<transposed>(s, memory.bits[0], memory.lse2, problem.factor, softmax, decay);
   operands<T>(weights, s);
   now.next(Memory::kStages);
   for (int tile = 1; tile < tiles; ++tile) {
     wait(memory.full + now.stage, now.parity);
+    clear_rows(memory.wide(now.stage), value / kSlab, memory.bits[now.stage], group);
     named_sync(my_turn, 2 * kWarpgroup);
     fence(s, sums);
     multiply_scores<T, key>(s, own_tile, memory.other(now.stage));
@@ -193,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     commit();
     if (group == 0 || tile + 1 < tiles) named_arrive(other_turn, 2 * kWarpgroup);
     wait_products<1>(s);
-    walk_weights<transposed>(s, memory.bits[now.stage], memory.lse2 + now.stage * kTile, w.factor, softmax, decay);
+    walk_weights<transposed>(s, memory.bits[now.stage], memory.lse2 + now.stage * kTile, problem.factor, softmax, decay);
     wait_products<0>(sums);
     release(memory.empty + before.stage);
     // Peaks soon stand still.
-    if (!transposed && __any_sync(0xffffffffu, decay[0] != 1.0f || decay[1] != 1.0f)) {
+    if (!transposed && __any_sync(kWarp, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
       for (int i = 0; i < value / 2; ++i) sums[i] *= decay[i / 2 % 2];
     }
@@ -211,98 +189,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_products<0>(sums);
 
   const int lane = static_cast<int>(threadIdx.x % 32);
+  const Rows<T> y = w.y.entry(batch);
+  const Rows<const T> start = w.start.entry(batch);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first + warp % 4 * 16 + group * 64 + lane / 4 + 8 * half;
-    const bool valid = is_valid(mask, row, w.n);
-    float share = w.keep;
+    const int row = first + group * 64 + warp % 4 * 16 + lane / 4 + 8 * half;
+    const bool valid = is_valid(mask, row, n);
+    float share = problem.keep;
     if (!transposed) {
       const float total = row_sum(softmax.total[half]);
-      share = w.keep / (valid ? total : 1.0f);
-      if (row < w.n && column == 0 && lane % 4 == 0) {
-        lse2[row] = valid ? softmax.peak[half] * w.factor + log2_approximate(total) : 0.0f;
+      share = problem.keep / (valid ? total : 1.0f);
+      if (row < n && column == 0 && lane % 4 == 0) {
+        lse2[row] = valid ? softmax.peak[half] * problem.factor + log2_of(total) : 0.0f;
       }
     }
 #pragma unroll
     for (int i = 0; i < value / 2; ++i) {
       if (i / 2 % 2 == half) sums[i] = valid ? sums[i] * share : 0.0f;
     }
-    if (w.restart != 0.0f && valid) {
-      const T* const from = w.start + batch * w.start_batch + row * w.start_row;
+    if (problem.restart != 0.0f && valid) {
+      const T* const from = start.at + row * start.row;
 #pragma unroll
       for (int i = 2 * half; i < value / 2; i += 4) {
         const int at = column + i / 4 * 8 + lane % 4 * 2;
-        if (at >= w.width) continue;
+        if (at >= width) continue;
         float low, high;
         unpack<T>(*reinterpret_cast<const unsigned*>(from + at), low, high);
-        sums[i] += w.restart * low;
-        sums[i + 1] += w.restart * high;
+        sums[i] += problem.restart * low;
+        sums[i + 1] += problem.restart * high;
       }
     }
-    T* const to = w.out + (static_cast<long long>(batch) * w.n + row) * w.width + column;
-    store_row(row < w.n ? to : nullptr, sums, half, w.width - column);
+    store_row(row < n ? y.at + row * y.row + column : nullptr, sums, half, width - column);
   }
 }
 
 // ---- gradients of Q and K
-
-// <g, y - restart start> - lse_grad of each position, 0 where it is no state; one warp for one. Widths are multiples of
-// 8, rows start at multiples of 16 bytes.
-template <class T>
-struct Level {
-  const T *g, *y, *start;  // [B, n, width]; start is not read where restart is 0
-  long long g_batch, g_row, y_batch, y_row, start_batch, start_row;
-  const bool* mask;       // [B, n] or null
-  const float* lse_grad;  // [B, n] or null
-  float* level;           // [B, n] out
-  long long positions;    // B n
-  int n, width;
-  float restart;
-};
-constexpr int kLevelThreads = 256;
-
-template <class T>
-__device__ __forceinline__ float dot_of_two(unsigned a, unsigned b, unsigned start, float restart) {
-  float a_low, a_high, b_low, b_high, start_low, start_high;
-  unpack<T>(a, a_low, a_high);
-  unpack<T>(b, b_low, b_high);
-  unpack<T>(start, start_low, start_high);
-  return a_low * (b_low - restart * start_low) + a_high * (b_high - restart * start_high);
-}
-
-template <class T>
-__global__ void level(const Level<T> w) {
-  const long long position = (static_cast<long long>(blockIdx.x) * kLevelThreads + threadIdx.x) / 32;
-  if (position >= w.positions) return;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const long long batch = position / w.n, row = position % w.n;
-  const bool valid = w.mask == nullptr || w.mask[position];
-  float sum = 0.0f;
-  for (int column = lane * 8; column < w.width && valid; column += 256) {
-    const uint4 g = *reinterpret_cast<const uint4*>(w.g + batch * w.g_batch + row * w.g_row + column);
-    const uint4 y = *reinterpret_cast<const uint4*>(w.y + batch * w.y_batch + row * w.y_row + column);
-    uint4 start = make_uint4(0, 0, 0, 0);
-    if (w.restart != 0.0f) {
-      start = *reinterpret_cast<const uint4*>(w.start + batch * w.start_batch + row * w.start_row + column);
-    }
-    sum += dot_of_two<T>(g.x, y.x, start.x, w.restart) + dot_of_two<T>(g.y, y.y, start.y, w.restart) +
-           dot_of_two<T>(g.z, y.z, start.z, w.restart) + dot_of_two<T>(g.w, y.w, start.w, w.restart);
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  if (lane == 0) w.level[position] = valid ? sum - (w.lse_grad == nullptr ? 0.0f : w.lse_grad[position]) : 0.0f;
-}
-
-template <class T>
-struct Scores {
-  const bool* mask;    // [B, n] or null
-  const float* lse2;   // [B, n]
-  const float* level;  // [B, n], of the kernel above
-  T* out;              // [B, n, width of q], contiguous; null where `sums` is given
-  float* sums;         // the same in float32, added to
-  int n, key, chunks;  // chunks: of 64 columns of v
-  float factor, keep, scale;
-};
 
 // Shared memory of `scores`: owned tiles of the narrow and the wide side, a ring of narrow tiles with lse2, level and
 // bits, and a ring of chunks (64 positions x 64 columns) of wide tiles.
@@ -339,33 +260,33 @@ struct ScoresMemory {
 };
 
 // Copies the owned tiles, then for each tile of the other side its narrow part and the chunks of the wide one; one warp.
-template <class T, int key, bool by_query>
+template <int key, bool by_query>
 __device__ __forceinline__ void scores_copies(const ScoresMemory<key>& memory, const TensorMap& own,
                                               const TensorMap& other, const TensorMap& wide_own,
-                                              const TensorMap& wide_other, const Scores<T>& w, const bool* mask,
+                                              const TensorMap& wide_other, int n, int chunks, const bool* mask,
                                               const float* lse2, const float* level, int first, int batch) {
   using Memory = ScoresMemory<key>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (lane == 0) {
-    arrive_expect(memory.own_full, Memory::kOwnBytes + w.chunks * Memory::kOwnChunk);
+    arrive_expect(memory.own_full, Memory::kOwnBytes + chunks * Memory::kOwnChunk);
 #pragma unroll
     for (int slab = 0; slab < key / kSlab; ++slab) {
       load(own, memory.own + slab * kOwned * kSlabRow, memory.own_full, slab * kSlab, first, batch);
     }
-    for (int chunk = 0; chunk < w.chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       load(wide_own, memory.own_wide + chunk * Memory::kOwnChunk, memory.own_full, chunk * kSlab, first, batch);
     }
   }
   Place narrow, place;
-  for (int position = 0; position < w.n; position += kTile) {
+  for (int position = 0; position < n; position += kTile) {
     // From global memory before the wait for a buffer.
-    const unsigned long long bits = valid_positions(mask, position, w.n);
+    const unsigned long long bits = valid_positions(mask, position, n);
     float lse2_of[2], level_of[2];
     if (!by_query) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool valid = bits >> (lane + 32 * i) & 1;
-        lse2_of[i] = valid ? lse2[position + lane + 32 * i] : kInfinity;
+        lse2_of[i] = valid ? lse2[position + lane + 32 * i] : infinity();
         level_of[i] = valid ? level[position + lane + 32 * i] : 0.0f;
       }
     }
@@ -385,7 +306,7 @@ __device__ __forceinline__ void scores_copies(const ScoresMemory<key>& memory, c
       for (int slab = 0; slab < key / kSlab; ++slab) {
         load(other, memory.narrow(narrow.stage) + slab * kTile * kSlabRow, full, slab * kSlab, position, batch);
       }
-      for (int chunk = 0; chunk < w.chunks; ++chunk) {
+      for (int chunk = 0; chunk < chunks; ++chunk) {
         wait(memory.chunk_empty + place.stage, place.parity ^ 1);
         arrive_expect(memory.chunk_full + place.stage, Memory::kChunkBytes);
         load(wide_other, memory.chunk(place.stage), memory.chunk_full + place.stage, chunk * kSlab, position, batch);
@@ -408,9 +329,8 @@ __device__ __forceinline__ void multiply_chunk(float (&product)[32], const char*
   }
 }
 
-// The gradient of q (by_query) or of k: out = scale dE other, dE_ij = P_ij (keep <g_i, state_j> - level_i), of 128 rows.
-// own [B, n, key] in boxes of 128 rows and other [B, n, key] in boxes of 64: q and k, or k and q; wide_own and wide_other
-// [B, n, D] likewise: g and the state, or the state and g. D <= 512.
+// 128 rows of the gradient of q (by_query) or of k. own in boxes of 128 rows and other in boxes of 64: q and k, or k and q;
+// wide_own and wide_other likewise: g and x, or x and g. D <= 512.
 template <class T, int key, bool by_query>
 __global__ void __launch_bounds__(kThreads, 1)
     scores(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
@@ -418,10 +338,12 @@ __global__ void __launch_bounds__(kThreads, 1)
            const Scores<T> w) {
   using Memory = ScoresMemory<key>;
   const Memory memory(shared_memory());
-  const int blocks = (w.n + kOwned - 1) / kOwned, tiles = (w.n + kTile - 1) / kTile;
+  const Problem& problem = w.problem;
+  const int n = problem.n, chunks = (w.x.width + kSlab - 1) / kSlab;
+  const int blocks = (n + kOwned - 1) / kOwned, tiles = (n + kTile - 1) / kTile;
   const int first = static_cast<int>(blockIdx.x) % blocks * kOwned, batch = static_cast<int>(blockIdx.x) / blocks;
-  const long long start = static_cast<long long>(batch) * w.n;
-  const bool* const mask = w.mask == nullptr ? nullptr : w.mask + start;
+  const long long start = static_cast<long long>(batch) * n;
+  const bool* const mask = problem.mask == nullptr ? nullptr : problem.mask + start;
   const float *const lse2 = w.lse2 + start, *const level = w.level + start;
   const int warp = warp_of_block();
 
@@ -442,7 +364,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     give_registers<kProducerRegisters>();
     if (warp == 0) {
-      scores_copies<T, key, by_query>(memory, own, other, wide_own, wide_other, w, mask, lse2, level, first, batch);
+      scores_copies<key, by_query>(memory, own, other, wide_own, wide_other, n, chunks, mask, lse2, level, first,
+                                   batch);
     }
     return;
   }
@@ -454,8 +377,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float own_lse2[2], own_level[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool valid = is_valid(mask, row + 8 * half, w.n);
-    own_lse2[half] = by_query && valid ? lse2[row + 8 * half] : kInfinity;
+    const bool valid = is_valid(mask, row + 8 * half, n);
+    own_lse2[half] = by_query && valid ? lse2[row + 8 * half] : infinity();
     own_level[half] = by_query && valid ? level[row + 8 * half] : 0.0f;
   }
   float sums[key / 2], s[32], product[32];
@@ -467,6 +390,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait(memory.own_full, 0);
   Place narrow, place;
   wait(memory.narrow_full, 0);
+  clear_rows(memory.narrow(0), key / kSlab, memory.bits[0], group);
   fence(s, sums);
   multiply_scores<T, key>(s, own_tile, memory.narrow(0));
   commit();
@@ -479,15 +403,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (tile > 0) release(memory.narrow_empty + (narrow.stage ^ 1));
     // While the chunk is multiplied.
     if (by_query) {
-      keep_bits(s, memory.bits[narrow.stage]);
 #pragma unroll
-      for (int i = 0; i < 32; ++i) s[i] = exp2_approximate(s[i] * w.factor - own_lse2[i / 2 % 2]);
+      for (int i = 0; i < 32; ++i) s[i] = exp2_of(s[i] * problem.factor - own_lse2[i / 2 % 2]);
     } else {
-      column_weights(s, memory.lse2 + narrow.stage * kTile, w.factor);
+      column_weights(s, memory.lse2 + narrow.stage * kTile, problem.factor);
     }
     int stage_before = place.stage;
     place.next(Memory::kChunks);
-    for (int chunk = 1; chunk < w.chunks; ++chunk) {
+    for (int chunk = 1; chunk < chunks; ++chunk) {
       wait(memory.chunk_full + place.stage, place.parity);
       fence();
       multiply_chunk<T, false>(product, own_wide + chunk * Memory::kOwnChunk, memory.chunk(place.stage));
@@ -508,15 +431,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 4 * j + 2 * half;
-        s[i] *= w.keep * product[i] - (by_query ? own_level[half] : column.x);
-        s[i + 1] *= w.keep * product[i + 1] - (by_query ? own_level[half] : column.y);
+        s[i] *= problem.keep * product[i] - (by_query ? own_level[half] : column.x);
+        s[i + 1] *= problem.keep * product[i + 1] - (by_query ? own_level[half] : column.y);
       }
     }
+    // The wide rows of no state may hold anything.
+    keep_bits(s, memory.bits[narrow.stage], 0.0f);
     operands<T>(gradient, s);
     if (tile + 1 == tiles) break;
     const char* const tile_before = memory.narrow(narrow.stage);
     narrow.next(Memory::kNarrowStages);
     wait(memory.narrow_full + narrow.stage, narrow.parity);
+    clear_rows(memory.narrow(narrow.stage), key / kSlab, memory.bits[narrow.stage], group);
     fence(s, sums);
     multiply_scores<T, key>(s, own_tile, memory.narrow(narrow.stage));
     multiply_weights<T>(sums, gradient, tile_before);
@@ -527,28 +453,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   commit();
   wait_products<0>(sums);
 
+  const Rows<T> out = (by_query ? w.q_grad : w.k_grad).entry(batch);
+  const Rows<float> added = (by_query ? w.q_sum : w.k_sum).entry(batch);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = row + 8 * half;
-    const bool valid = is_valid(mask, at, w.n);
+    const bool valid = is_valid(mask, at, n);
 #pragma unroll
     for (int i = 0; i < key / 2; ++i) {
       if (i / 2 % 2 == half) sums[i] = valid ? sums[i] * w.scale : 0.0f;
     }
-    if (w.sums != nullptr) {
-      float* const to = w.sums + (start + at) * w.key;
+    if (w.q_sum.at == nullptr) {
+      store_row(at < n ? out.at + at * out.row : nullptr, sums, half, out.width);
+      continue;
+    }
 #pragma unroll
-      for (int i = 2 * half; i < key / 2; i += 4) {
-        const int column = i / 4 * 8 + lane % 4 * 2;
-        if (!valid || column >= w.key) continue;
-        to[column] += sums[i];
-        to[column + 1] += sums[i + 1];
-      }
-    } else {
-      store_row(at < w.n ? w.out + (start + at) * w.key : nullptr, sums, half, w.key);
+    for (int i = 2 * half; i < key / 2; i += 4) {
+      const int column = i / 4 * 8 + lane % 4 * 2;
+      if (!valid || column >= added.width) continue;
+      float* const to = added.at + at * added.row + column;
+      to[0] += sums[i];
+      to[1] += sums[i + 1];
     }
   }
 }
 
-}  // namespace hopper
-}  // namespace random_walk
+}  // namespace random_walk::sm90

@@ -1,91 +1,64 @@
-// The Hopper kernels of random_walk on any launcher: csrc/common/cuda_launch.h, or that of tests/cuda_on_cpu.
-//
-// A launcher is called with (grid, threads, bytes of shared memory, kernel, arguments...), and `launcher.encode` fills the
-// TensorMap of a matrix in boxes of 64 columns and some rows.
+// The kernels of random_walk_sm90.cuh on any launcher: csrc/common/sm90_launch.h, or that of tests/cuda_on_cpu.
 #pragma once
 
+#include "common/sm90_maps.h"
 #include "random_walk/random_walk_sm90.cuh"
 
-namespace random_walk {
-namespace hopper {
+namespace random_walk::sm90 {
 
-// [B, n, columns] with adjacent columns; strides in elements. TMA wants them and the address in multiples of 16 bytes.
+// What the kernels take: d <= 128, D <= 512, a positive scale, and rows that TMA can read.
 template <class T>
-struct Matrix {
-  const T* data;
-  long long batch, row;
-  int columns;
-};
-
-struct Sizes {
-  int batch, n, key, value;
-};
-
-template <class T, class Launch>
-TensorMap map_of(Launch&& launch, const Sizes& s, const Matrix<T>& matrix, int box_rows) {
-  TensorMap map;
-  constexpr long long kBytes = sizeof(T);
-  launch.encode(map, matrix.data, matrix.row * kBytes, matrix.batch * kBytes, matrix.columns, s.n, s.batch, box_rows);
-  return map;
+bool takes(const Problem& problem, const Rows<const T>& q, const Rows<const T>& k, const Rows<const T>& x,
+           const Rows<const T>& more) {
+  bool readable = true;
+  for (const Rows<const T>* matrix : {&q, &k, &x, &more}) readable = readable && is_readable(problem, *matrix);
+  return readable && problem.factor > 0.0f && q.width <= 128 && x.width <= 512;
 }
 
-inline int parts_of(int count, int part) { return (count + part - 1) / part; }
-
+// None of B, n and D is 0, and there are fewer than 2^31 blocks.
 template <class T, int key, int value, bool transposed, class Launch>
-void run_walk(Launch&& launch, const Sizes& s, const Matrix<T>& own, const Matrix<T>& other, const Matrix<T>& wide,
-              Walk<T> walk_) {
-  walk_.n = s.n;
-  walk_.width = s.value;
-  walk_.splits = parts_of(s.value, value);
-  const long long blocks = static_cast<long long>(parts_of(s.n, kOwned)) * walk_.splits * s.batch;
-  launch(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), WalkMemory<key, value>::kBytes,
-         walk<T, key, value, transposed>, map_of(launch, s, own, kOwned), map_of(launch, s, other, kTile),
-         map_of(launch, s, wide, kTile), walk_);
+void run_walk(Launch&& launch, const Step<T>& step) {
+  const Problem& problem = step.problem;
+  const long long blocks = 1LL * parts_of(problem.n, kOwned) * parts_of(step.y.width, value) * problem.batch;
+  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), WalkMemory<key, value>::kBytes,
+                     walk<T, key, value, transposed>, map_of(launch, problem, transposed ? step.k : step.q, kOwned),
+                     map_of(launch, problem, transposed ? step.q : step.k, kTile),
+                     map_of(launch, problem, step.x, kTile), step);
 }
 
-// Y = keep P state + restart start and lse2; of w the mask, lse2, out, start with its strides and the factors are given.
-// 1 <= d <= 128, 1 <= D <= 512, both multiples of 8. None of B and N is 0.
-template <class T, bool transposed, class Launch>
-void run_walk(Launch&& launch, const Sizes& s, const Matrix<T>& own, const Matrix<T>& other, const Matrix<T>& wide,
-              const Walk<T>& w) {
-  if (s.key > 64) {
-    run_walk<T, 128, 256, transposed>(launch, s, own, other, wide, w);
-  } else if ((s.value + 127) / 128 % 2 != 0) {
-    // Columns in parts of 128 leave less of the last one unused.
-    run_walk<T, 64, 128, transposed>(launch, s, own, other, wide, w);
+template <bool transposed, class T, class Launch>
+void run_walk(Launch&& launch, const Step<T>& step) {
+  if (step.q.width > 64) {
+    run_walk<T, 128, 256, transposed>(launch, step);
+  } else if (parts_of(step.y.width, 128) % 2 != 0) {
+    // Parts of 128 columns leave less of the last one unused.
+    run_walk<T, 64, 128, transposed>(launch, step);
   } else {
-    run_walk<T, 64, 256, transposed>(launch, s, own, other, wide, w);
+    run_walk<T, 64, 256, transposed>(launch, step);
   }
+}
+
+template <class T, int key, bool by_query, class Launch>
+void run_scores(Launch&& launch, const Scores<T>& all) {
+  const Problem& problem = all.problem;
+  const auto &own = by_query ? all.q : all.k, &other = by_query ? all.k : all.q;
+  const auto &wide_own = by_query ? all.g : all.x, &wide_other = by_query ? all.x : all.g;
+  const long long blocks = 1LL * parts_of(problem.n, kOwned) * problem.batch;
+  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), ScoresMemory<key>::kBytes,
+                     scores<T, key, by_query>, map_of(launch, problem, own, kOwned),
+                     map_of(launch, problem, other, kTile), map_of(launch, problem, wide_own, kOwned),
+                     map_of(launch, problem, wide_other, kTile), all);
 }
 
 template <class T, class Launch>
-void run_level(Launch&& launch, const Sizes& s, const Matrix<T>& g, const Matrix<T>& y, const Matrix<T>& start,
-               float restart, const bool* mask, const float* lse_grad, float* out) {
-  const long long positions = static_cast<long long>(s.batch) * s.n, blocks = (positions * 32 - 1) / kLevelThreads + 1;
-  launch(dim3(static_cast<unsigned>(blocks)), dim3(kLevelThreads), 0, level<T>,
-         Level<T>{g.data, y.data, start.data, g.batch, g.row, y.batch, y.row, start.batch, start.row, mask, lse_grad,
-                  out, positions, s.n, s.value, restart});
-}
-
-// The gradient of own = q (by_query) or k into `out` or added to `sums` of w, of which the mask, lse2, level and the
-// factors are given too.
-template <class T, bool by_query, class Launch>
-void run_scores(Launch&& launch, const Sizes& s, const Matrix<T>& own, const Matrix<T>& other,
-                const Matrix<T>& wide_own, const Matrix<T>& wide_other, Scores<T> w) {
-  w.n = s.n;
-  w.key = s.key;
-  w.chunks = parts_of(s.value, kSlab);
-  const dim3 grid(static_cast<unsigned>(static_cast<long long>(parts_of(s.n, kOwned)) * s.batch));
-  const auto run = [&](auto kernel, int bytes) {
-    launch(grid, dim3(kThreads), bytes, kernel, map_of(launch, s, own, kOwned), map_of(launch, s, other, kTile),
-           map_of(launch, s, wide_own, kOwned), map_of(launch, s, wide_other, kTile), w);
-  };
-  if (s.key > 64) {
-    run(scores<T, 128, by_query>, ScoresMemory<128>::kBytes);
+void run_scores(Launch&& launch, const Scores<T>& all) {
+  if (all.q.width > 64) {
+    run_scores<T, 128, true>(launch, all);
+    run_scores<T, 128, false>(launch, all);
   } else {
-    run(scores<T, 64, by_query>, ScoresMemory<64>::kBytes);
+    run_scores<T, 64, true>(launch, all);
+    run_scores<T, 64, false>(launch, all);
   }
 }
 
-}  // namespace hopper
-}  // namespace random_walk
+}  // namespace random_walk::sm90

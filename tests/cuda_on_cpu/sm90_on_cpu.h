@@ -10,10 +10,10 @@
 #include <algorithm>
 #include <limits>
 #include <map>
-#include <type_traits>
+
+#include "common/mma_sm80.cuh"
 
 #define __grid_constant__
-#define __align__(bytes) alignas(bytes)
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -23,11 +23,9 @@ struct alignas(8) float2 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-namespace sm90 {
+namespace hopper {
 
 struct TensorMap;
-struct Bfloat16;
-struct Float16;
 using Barrier = unsigned long long;
 
 namespace on_cpu {
@@ -35,46 +33,8 @@ namespace on_cpu {
 using cuda_on_cpu::block;
 using cuda_on_cpu::fail;
 
-constexpr size_t kShared = 227 * 1024;
-alignas(1024) inline char shared[kShared];
-
-// ---- rounding
-
-inline float from_bfloat16(uint16_t bits) { return cuda_on_cpu::from_bits<float>(static_cast<uint32_t>(bits) << 16); }
-inline uint16_t to_bfloat16(float x) {
-  const uint32_t bits = static_cast<uint32_t>(cuda_on_cpu::bits(x));
-  if (x != x) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-inline float from_float16(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float sign = (bits & 0x8000) != 0 ? -1.0f : 1.0f;
-  if (exponent == 31) return fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
-  return sign * std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-}
-inline uint16_t to_float16(float x) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const float size = std::fabs(x);
-  if (x != x) return 0x7fff;
-  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
-  if (size < std::ldexp(1.0f, -14)) return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(size, 24))));
-  int exponent;
-  std::frexp(size, &exponent);  // size = f 2^exponent, f in [1/2, 1)
-  const int mantissa = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // [1024, 2048]
-  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + (mantissa - 1024));
-}
-template <class T>
-constexpr bool is_bfloat16 = std::is_same_v<T, Bfloat16>;
-inline float from_half(bool bfloat16, uint16_t bits) {
-  // Of float16 once for all.
-  static const std::vector<float> table = [] {
-    std::vector<float> values(65536);
-    for (unsigned i = 0; i < 65536; ++i) values[i] = from_float16(static_cast<uint16_t>(i));
-    return values;
-  }();
-  return bfloat16 ? from_bfloat16(bits) : table[bits];
-}
+constexpr size_t kShared = cuda_on_cpu::kMostShared;
+inline char* const shared = reinterpret_cast<char*>(cuda_on_cpu::shared_memory);
 
 // ---- barriers: their state is their eight bytes
 
@@ -132,7 +92,8 @@ struct Copy {
 // ---- products
 
 struct Product {
-  bool bfloat16, registers, add;
+  float (*widen)(unsigned short);
+  bool registers, add;
   int columns;
   uint64_t a, b;
   unsigned issued = 0;  // threads
@@ -140,7 +101,7 @@ struct Product {
   const unsigned* operands[128] = {};
 
   bool same(const Product& o) const {
-    return bfloat16 == o.bfloat16 && registers == o.registers && add == o.add && columns == o.columns && a == o.a && b == o.b;
+    return widen == o.widen && registers == o.registers && add == o.add && columns == o.columns && a == o.a && b == o.b;
   }
 };
 
@@ -191,12 +152,12 @@ struct Warpgroup {
       for (int k = 0; k < 16; ++k) {
         const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2, word = k / 8 * 2 + row % 16 / 8;
         const uint16_t bits = p.registers ? static_cast<uint16_t>(p.operands[thread][word] >> k % 2 * 16) : by_columns(p.a, row, k);
-        a[row][k] = from_half(p.bfloat16, bits);
+        a[row][k] = p.widen(bits);
       }
     }
     for (int column = 0; column < columns; ++column) {
       for (int k = 0; k < 16; ++k) {
-        b[static_cast<size_t>(k) * columns + column] = from_half(p.bfloat16, p.registers ? by_rows(p.b, k, column) : by_columns(p.b, column, k));
+        b[static_cast<size_t>(k) * columns + column] = p.widen(p.registers ? by_rows(p.b, k, column) : by_columns(p.b, column, k));
       }
     }
     for (int thread = 0; thread < 128; ++thread) {
@@ -248,7 +209,6 @@ struct NamedBarrier {
 class Beside : public cuda_on_cpu::Agent {
  public:
   void start() override {
-    std::memset(shared, 0xff, kShared);  // NaN in every type
     copies.clear();
     for (Warpgroup& warpgroup : warpgroups) warpgroup = Warpgroup();
     for (NamedBarrier& barrier : named) barrier = NamedBarrier();
@@ -302,7 +262,7 @@ inline Warpgroup& warpgroup() { return beside.warpgroups[block.thread() / 128]; 
 template <class T, int count>
 Product product_of(bool registers, uint64_t a, uint64_t b, bool add) {
   Product product;
-  product.bfloat16 = is_bfloat16<T>;
+  product.widen = [](unsigned short bits) { return mma_sm80::widen(T{bits}); };
   product.registers = registers;
   product.add = add;
   product.columns = 2 * count;
@@ -326,6 +286,7 @@ inline void init(Barrier* barrier, int arrivals) {
   std::memcpy(barrier, &state, 8);
 }
 inline void fence_init() {}
+inline void fence_shared() {}
 inline void arrive(Barrier* barrier) {
   on_cpu::State* state = on_cpu::state_of(barrier);
   if (state->pending == 0) cuda_on_cpu::fail("more arrivals than a barrier takes");
@@ -407,35 +368,13 @@ void multiply(float (&d)[count], const unsigned (&a)[4], unsigned long long b) {
   on_cpu::warpgroup().issue(on_cpu::product_of<T, count>(true, 0, b, true), d, a);
 }
 
-inline float exp2_approximate(float x) {
-  const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0.0f : y;
-}
-inline float log2_approximate(float x) { return std::log2(x); }
-template <class T>
-unsigned pack(float low, float high) {
-  const auto round = on_cpu::is_bfloat16<T> ? on_cpu::to_bfloat16 : on_cpu::to_float16;
-  return static_cast<unsigned>(round(low)) | static_cast<unsigned>(round(high)) << 16;
-}
-template <class T>
-float widen(T value) {
-  return on_cpu::from_half(on_cpu::is_bfloat16<T>, value.bits);
-}
-
-}  // namespace sm90
+}  // namespace hopper
 
 namespace cuda_on_cpu {
 
-// `Launcher` for kernels with TensorMaps and shared memory that is chosen at the launch.
-struct HopperLauncher {
-  Launcher launcher;
-  explicit HopperLauncher(unsigned seed) : launcher(seed) {}
-
-  template <class... Parameters, class... Arguments>
-  void operator()(dim3 grid, dim3 threads, int bytes, void (*kernel)(Parameters...), const Arguments&... arguments) {
-    if (bytes > static_cast<int>(sm90::on_cpu::kShared)) fail("more shared memory than a block has");
-    launcher(grid, threads, kernel, arguments...);
-  }
+// `Launcher` for kernels with TensorMaps.
+struct HopperLauncher : Launcher {
+  using Launcher::Launcher;
 
   // Strides in bytes.
   template <class TensorMap>
@@ -443,7 +382,7 @@ struct HopperLauncher {
                      int box_rows) {
     if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || row % 16 != 0 || batch % 16 != 0) fail("a matrix that TMA cannot read");
     if (box_rows > 256) fail("a box that TMA does not take");
-    const sm90::on_cpu::Map values{static_cast<const char*>(data), row, batch, columns, rows, batches, 64, box_rows};
+    const hopper::on_cpu::Map values{static_cast<const char*>(data), row, batch, columns, rows, batches, 64, box_rows};
     std::memcpy(&map, &values, sizeof(values));
   }
 };
