@@ -11,7 +11,7 @@
 namespace hopper {
 
 constexpr int kOwned = 128, kTile = 64;
-constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kBlockThreads = 3 * kWarpgroup;
 // 65536 registers: 128 (2 * 240 + 24) of them.
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 // Named barriers: the turns of the consumer warpgroups, and one inside each.

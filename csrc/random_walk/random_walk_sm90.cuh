@@ -103,7 +103,7 @@ __device__ __forceinline__ void walk_weights(float (&s)[32], unsigned long long 
 // 128 rows and `value` columns of a step, or of a transposed one. own in boxes of 128 rows: q, transposed k; other in boxes
 // of 64: k, transposed q; wide in boxes of 64: x.
 template <class T, int key, int value, bool transposed>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     walk(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
          const __grid_constant__ TensorMap wide, const Step<T> w) {
   using Memory = WalkMemory<key, value>;
@@ -332,7 +332,7 @@ __device__ __forceinline__ void multiply_chunk(float (&product)[32], const char*
 // 128 rows of the gradient of q (by_query) or of k. own in boxes of 128 rows and other in boxes of 64: q and k, or k and q;
 // wide_own and wide_other likewise: g and x, or x and g. D <= 512.
 template <class T, int key, bool by_query>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     scores(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
            const __grid_constant__ TensorMap wide_own, const __grid_constant__ TensorMap wide_other,
            const Scores<T> w) {

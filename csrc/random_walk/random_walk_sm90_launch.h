@@ -20,7 +20,7 @@ template <class T, int key, int value, bool transposed, class Launch>
 void run_walk(Launch&& launch, const Step<T>& step) {
   const Problem& problem = step.problem;
   const long long blocks = 1LL * parts_of(problem.n, kOwned) * parts_of(step.y.width, value) * problem.batch;
-  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), WalkMemory<key, value>::kBytes,
+  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kBlockThreads), WalkMemory<key, value>::kBytes,
                      walk<T, key, value, transposed>, map_of(launch, problem, transposed ? step.k : step.q, kOwned),
                      map_of(launch, problem, transposed ? step.q : step.k, kTile),
                      map_of(launch, problem, step.x, kTile), step);
@@ -39,25 +39,25 @@ void run_walk(Launch&& launch, const Step<T>& step) {
 }
 
 template <class T, int key, bool by_query, class Launch>
-void run_scores(Launch&& launch, const Scores<T>& all) {
+void run_gradient(Launch&& launch, const Scores<T>& all) {
   const Problem& problem = all.problem;
   const auto &own = by_query ? all.q : all.k, &other = by_query ? all.k : all.q;
   const auto &wide_own = by_query ? all.g : all.x, &wide_other = by_query ? all.x : all.g;
   const long long blocks = 1LL * parts_of(problem.n, kOwned) * problem.batch;
-  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), ScoresMemory<key>::kBytes,
+  launch.with_shared(dim3(static_cast<unsigned>(blocks)), dim3(kBlockThreads), ScoresMemory<key>::kBytes,
                      scores<T, key, by_query>, map_of(launch, problem, own, kOwned),
                      map_of(launch, problem, other, kTile), map_of(launch, problem, wide_own, kOwned),
                      map_of(launch, problem, wide_other, kTile), all);
 }
 
 template <class T, class Launch>
-void run_scores(Launch&& launch, const Scores<T>& all) {
+void run_gradients(Launch&& launch, const Scores<T>& all) {
   if (all.q.width > 64) {
-    run_scores<T, 128, true>(launch, all);
-    run_scores<T, 128, false>(launch, all);
+    run_gradient<T, 128, true>(launch, all);
+    run_gradient<T, 128, false>(launch, all);
   } else {
-    run_scores<T, 64, true>(launch, all);
-    run_scores<T, 64, false>(launch, all);
+    run_gradient<T, 64, true>(launch, all);
+    run_gradient<T, 64, false>(launch, all);
   }
 }
 

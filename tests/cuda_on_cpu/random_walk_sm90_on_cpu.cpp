@@ -37,7 +37,7 @@ void level(const void* arguments, int type, unsigned seed) {
 
 void scores(const void* arguments, int type, int, unsigned seed) {
   with_type(type, [&](auto t) {
-    random_walk::sm90::run_scores(cuda_on_cpu::HopperLauncher(seed),
+    random_walk::sm90::run_gradients(cuda_on_cpu::HopperLauncher(seed),
                                   *static_cast<const random_walk::Scores<decltype(t)>*>(arguments));
   });
 }
