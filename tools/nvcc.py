@@ -76,6 +76,11 @@ def architecture_flags(listed: str) -> list[str]:
     return flags
 
 
+def architectures_of(file: Path, listed: str) -> str:
+    """What `file` is compiled for where `listed` is asked for: kernels of wgmma run on one chip, which may ask for them."""
+    return "9.0a" if file.stem.endswith("_sm90_cuda") else listed
+
+
 def sources() -> list[Path]:
     """The translation units with CUDA kernels."""
     return sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
@@ -113,14 +118,15 @@ def compile_objects(
         f"-I{ROOT / 'csrc'}",
         "-isystem",
         Path(torch.__file__).parent / "include",
-        *architecture_flags(architectures),
     ]
 
     def compile_one(file: Path) -> tuple[Path, str]:
         out, kept = folder / f"{file.stem}.o", folder / file.stem
         if keep:
             kept.mkdir()
-        return out, _run([*command, *(["-keep", f"-keep-dir={kept}"] if keep else []), "-c", file, "-o", out])
+        flags = architecture_flags(architectures_of(file, architectures))
+        keeping = ["-keep", f"-keep-dir={kept}"] if keep else []
+        return out, _run([*command, *flags, *keeping, "-c", file, "-o", out])
 
     files = list(files)
     with ThreadPoolExecutor(processes) as pool:

@@ -48,9 +48,7 @@ def without_nan(given: tuple[Any, ...]) -> tuple[Any, ...]:
         (1, 1, 8, 8, False),
     ],
 )
-def test_equals_the_definition(
-    batch: int, n: int, key: int, value: int, masked: bool, dtype: torch.dtype
-) -> None:
+def test_equals_the_definition(batch: int, n: int, key: int, value: int, masked: bool, dtype: torch.dtype) -> None:
     """At most twice the error of the same in PyTorch, plus eps."""
     given = inputs(batch, n, key, value, dtype, masked, n)
     options = (0.8, 1, 0.0)
@@ -66,9 +64,7 @@ def test_two_steps_with_a_restart() -> None:
     """The sums of gradients are float32; states, their gradients and what is rounded in between have 8 bits."""
     given = inputs(1, 70, 64, 72, torch.bfloat16, True, 3)
     options = (0.8, 2, 0.25)
-    for name, x, expected in zip(
-        NAMES, run(given, options, 1), definition(*without_nan(given), options), strict=True
-    ):
+    for name, x, expected in zip(NAMES, run(given, options, 1), definition(*without_nan(given), options), strict=True):
         assert relative_error(x, expected) <= 4 * torch.finfo(torch.bfloat16).eps, name
 
 
