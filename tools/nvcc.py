@@ -77,7 +77,7 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 def architectures_of(file: Path, listed: str) -> str:
-    """What `file` is compiled for where `listed` is asked for: kernels of wgmma run on one chip, which may ask for them."""
+    """What `file` is compiled for where `listed` is asked for: kernels of wgmma are for one chip."""
     return "9.0a" if file.stem.endswith("_sm90_cuda") else listed
 
 

@@ -10,8 +10,8 @@
 #include "common/rows_of.h"
 #include "random_walk/random_walk_launch.h"
 
-#if defined(__CUDACC__) && __has_include("random_walk/random_walk_sm90.cuh")
-#define CC4S_SM90
+// The wgmma kernels are not compiled at run time.
+#ifdef __CUDACC__
 #include "random_walk/random_walk_sm90.h"
 #endif
 
@@ -47,6 +47,7 @@ void step(const Tensor& q, const Tensor& k, const Tensor& x, const Tensor& start
                                    rows_of<const T>(start, x, "start"),
                                    rows_of<T>(y, x, "y"),
                                    values_of<float>(lse2, q, "lse2")};
+#ifdef __CUDACC__
     if (launch.is_sm90() && !transposed && random_walk::sm90::can_run_step(all)) {
       random_walk::sm90::run_step(all, launch.stream());
       return;
@@ -55,6 +56,7 @@ void step(const Tensor& q, const Tensor& k, const Tensor& x, const Tensor& start
       random_walk::sm90::run_transposed(all, launch.stream());
       return;
     }
+#endif
     random_walk::run_step(launch, all, transposed);
   });
 }
@@ -98,10 +100,12 @@ void scores(const Tensor& q, const Tensor& k, const Tensor& g, const Tensor& x, 
                                      sums ? Rows<T>{} : rows_of<T>(k_grad, q, "k_grad"),
                                      sums ? rows_of<float>(q_grad, q, "q_grad") : Rows<float>{},
                                      sums ? rows_of<float>(k_grad, q, "k_grad") : Rows<float>{}};
+#ifdef __CUDACC__
     if (launch.is_sm90() && random_walk::sm90::can_run_scores(all)) {
       random_walk::sm90::run_scores(all, launch.stream());
       return;
     }
+#endif
     random_walk::run_scores(launch, all);
   });
 }
