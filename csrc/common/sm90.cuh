@@ -12,7 +12,6 @@ namespace hopper {
 using mma_sm80::BFloat16;
 using mma_sm80::exp2_of;
 using mma_sm80::Half;
-using mma_sm80::infinity;
 using mma_sm80::is_valid;
 using mma_sm80::kWarp;
 using mma_sm80::log2_of;
@@ -27,6 +26,8 @@ struct alignas(64) TensorMap {
 };
 
 using Barrier = unsigned long long;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 constexpr int kWarpgroup = 128;
 // A tile in shared memory is made of slabs 64 values wide: rows of 128 bytes whose 16-byte parts are swizzled
