@@ -7,6 +7,12 @@
 #                        shared memory, occupancy; FULL=1 takes every dtype and size, JSON=FILE also writes the table,
 #                        REQUIRE_NVCC=1 fails where there is no nvcc or NVRTC instead of leaving out the CUDA kernels
 #   make wheel-check     builds sdist and wheel, and passes the self-test with the wheel where there is no compiler
+#   make results-cpu   the ablation ladders on ACDC and MSRC-21 and the robustness, run by run, at most 10 minutes each on
+#                  two cores; DATA=DIR holds acdc_scribble and msrc21, DATASET=acdc takes one, MINUTES=M stops in between;
+#                  docs/results/README.md
+#   make results-gpu   the same at full size
+#   make tune      the search for the weights of the losses on the validation splits; DATA, MINUTES
+#   make results-docs  the pages and plots of docs/results from their JSON; README=1 also into README.md
 #   make bench     every op against its baselines; OPS="slic potts" takes some, JSON=FILE also writes rows, tables, plot
 #   make bench-compare   our own kernels against the committed times of this kind of processor; make bench-baseline writes
 #                  them, make bench-page renews docs/benchmarks.md from the committed results
@@ -17,6 +23,8 @@
 #                  DRY_RUN=1 only prints the commands; docs/gpu.md
 SHELL := /bin/bash
 PYTHON ?= python3
+# The folder of the data sets that results are measured on.
+DATA ?= data
 # Before .venv comes to the front of PATH.
 MACHINE_PYTHON := $(shell command -v $(PYTHON))
 VENV ?= .venv
@@ -29,7 +37,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-triton test-integrations docs bench bench-baseline bench-compare bench-page peers gpu compile-check wheel-check lint selftest format clean
+.PHONY: help install build demo test test-triton test-integrations docs bench bench-baseline bench-compare bench-page peers results-cpu results-gpu tune results-docs gpu compile-check wheel-check lint selftest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -111,6 +119,20 @@ peers: build
 docs: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pdoc
 	$(BIN)/python -W error -m tools.api_pages
+
+results-cpu: build
+	$(BIN)/python -m tools.results cpu --data $(DATA) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(DATASET),--dataset $(DATASET))
+
+results-gpu:
+	$(MACHINE_PYTHON) -m tools.results gpu --data $(DATA) $(if $(MINUTES),--minutes $(MINUTES)) train.precision=bf16-mixed
+
+tune: build
+	$(BIN)/python -m tools.results tune --data $(DATA) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(DATASET),--dataset $(DATASET))
+
+results-docs: build
+	$(BIN)/python -m tools.results docs $(if $(README),--readme)
 
 gpu:
 	$(MACHINE_PYTHON) -m tools.gpu $(if $(OUT),--out $(OUT)) $(if $(PARTS),--parts $(PARTS)) $(if $(OPS),--ops $(OPS)) \

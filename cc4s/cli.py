@@ -1,4 +1,5 @@
-"""The command line: cc4s run, train, evaluate, predict, export, pseudo-label, scribble, demo, ladder, compare."""
+"""The command line: cc4s run, train, evaluate, predict, export, pseudo-label, scribble, demo, ladder, compare, tune,
+inspect."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def _add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="the data folder, only read (not for synthetic)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/DATASET by default")
-    parser.add_argument("--budget", metavar="smoke|short|full", help="the same as budget=...")
+    parser.add_argument("--budget", metavar="smoke|short|cpu|full", help="the same as budget=...")
     _add_device_options(parser)
 
 
@@ -199,8 +200,15 @@ def _parser() -> argparse.ArgumentParser:
         "--rungs",
         type=_names,
         metavar="NAME,...",
-        help="pce, rw, entropy, consistency, pseudo, cc4s, full, released, aspp",
+        help="pce, rw, entropy, consistency, pseudo, cc4s, full, released by default; also aspp, without_entropy,"
+        " without_kl, without_trace",
     )
+    ladder.add_argument("--shrink", type=_numbers, default=[], metavar="R,R,...", help="runs with shrunk scribbles")
+    ladder.add_argument("--drop", type=_numbers, default=[], metavar="P,P,...", help="runs with dropped scribbles")
+    ladder.add_argument(
+        "--results", type=Path, metavar="FILE", help="the JSON file that runs are added to; ladder.json by default"
+    )
+    ladder.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on")
 
     compare = add("compare", _compare, "Methods side by side: score, images per second, peak memory; resumable.")
     _add_recipe(compare)
@@ -209,6 +217,20 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", type=_names, required=True, metavar="NAME,...", help="values of method=, such as pce,potts,cc4s"
     )
     compare.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,2", help="one run per method and seed")
+
+    tune = add("tune", _tune, "Search the weights of the losses on the validation split (recipes/tuning.yaml).")
+    _add_recipe(tune)
+    _add_run_options(tune)
+    tune.add_argument("--trials", type=int, default=8, metavar="N", help="8 by default; the recipe is the first")
+    tune.add_argument("--seed", type=int, default=0, help="of the draws and of the training")
+    tune.add_argument(
+        "--results", type=Path, metavar="FILE", help="the JSON file of the trials, tuning.json by default"
+    )
+    tune.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on")
+
+    inspect = add("inspect", _inspect, "Why a rung helps or not: gradients of the terms, the walk, eigenvectors.")
+    inspect.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, or of a ladder")
+    inspect.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.json, FILE.md and FILE.png")
     return parser
 
 
@@ -298,17 +320,20 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _ladder(arguments: argparse.Namespace) -> None:
-    from cc4s.engine.ladder import run_ladder
+    from cc4s.engine.ladder import Scribbles, minutes_from_now, run_ladder
 
     recipe, overrides = _split_words(arguments.words)
     assert recipe is not None
     _need_data(_config(arguments))
-    out = _default_out(arguments)
+    poorer = [Scribbles(kind, ratio) for kind in ("shrink", "drop") for ratio in getattr(arguments, kind)]
     ladder = run_ladder(
         recipe,
-        out,
+        _default_out(arguments),
         seeds=arguments.seeds,
         rungs=arguments.rungs,
+        scribbles=poorer or (Scribbles(),),
+        results=arguments.results,
+        deadline=minutes_from_now(arguments.minutes),
         overrides=overrides,
         data__root=arguments.data,
         budget=arguments.budget,
@@ -316,9 +341,45 @@ def _ladder(arguments: argparse.Namespace) -> None:
         kernels=arguments.kernels,
     )
     if ladder:
-        from cc4s.report import ladder_markdown
+        from cc4s.report import ladder_markdown, robustness_markdown
 
-        print(ladder_markdown(ladder))
+        print((robustness_markdown if poorer else ladder_markdown)(ladder))
+        if not ladder["complete"]:
+            print("time is over; the same command goes on")
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from cc4s.engine.ladder import minutes_from_now
+    from cc4s.engine.tuning import run_tuning
+
+    recipe, overrides = _split_words(arguments.words)
+    assert recipe is not None
+    _need_data(_config(arguments))
+    search = run_tuning(
+        recipe,
+        _default_out(arguments),
+        trials=arguments.trials,
+        seed=arguments.seed,
+        results=arguments.results,
+        deadline=minutes_from_now(arguments.minutes),
+        overrides=overrides,
+        data__root=arguments.data,
+        budget=arguments.budget,
+        device=arguments.device,
+        kernels=arguments.kernels,
+    )
+    if search:
+        from cc4s.report import tuning_markdown
+
+        print(tuning_markdown(search))
+        if "best" not in search:
+            print("time is over; the same command goes on")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from cc4s.engine.inspection import inspect_runs
+
+    print(inspect_runs(arguments.runs, arguments.out))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ METHODS = (
     "tel",
 )
 PRESETS = ("clean", "released")
-BUDGETS = ("smoke", "short", "full")
+BUDGETS = ("smoke", "short", "cpu", "full")
 KERNELS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -101,10 +101,13 @@ class AugmentConfig:
 class ModelConfig:
     """The network (METHOD 1)."""
 
-    # resnet18 | resnet34 | resnet50 | resnet101 | resnet152, or timm/<name>, torchvision/<name>, smp/<name>.
+    # resnet18 | resnet34 | resnet50 | resnet101 | resnet152, or timm/<name>, torchvision/<name>, smp/<name>; unet is a
+    # whole network, without a head of its own.
     backbone: str = "resnet50"
-    # Channels of the backbone's first stage; 64 is the published ResNet. Own ResNets only.
+    # Channels of the backbone's first stage; 64 is the published ResNet, 16 the usual U-Net. Own networks only.
     width: int = 64
+    # The level of the U-Net that the walk runs on: stride 2^level; 4 is the bottleneck.
+    walk_level: int = 3
     # A local file with torchvision-named ResNet weights; empty starts from scratch.
     backbone_weights: str = ""
     # cc4s: random-walk head; aspp: the authors' baseline head.
@@ -120,6 +123,11 @@ class ModelConfig:
     norm: str = "batch"
     # Take padding out of the walk.
     mask_padding: bool = True
+
+
+def cell_pitch(model: ModelConfig) -> int:
+    """Pixels between the positions of the random walk."""
+    return (2**model.walk_level if model.backbone == "unet" else 8) * model.shrink
 
 
 @dataclass
@@ -243,6 +251,9 @@ class LossConfig:
     """Weights of the loss terms; which terms are on is up to each stage."""
 
     cross_entropy: float = 1.0
+    # Classes weigh in the cross-entropy by (1 / their share of the stage's labelled pixels) to this power; 0 is off, 1
+    # gives every class the same weight in total. Masks of small organs are nearly all background, scribbles are not.
+    class_balance: float = 0.0
     entropy: float = 1.0
     # At 5 the colour term pulls on 21 classes about as hard as the entropy does at 1 (docs/training.md).
     color: float = 5.0
@@ -296,6 +307,9 @@ class TrainConfig:
     epochs: int = 50
     # Optimiser steps of a stage; 0 derives them from epochs.
     iterations: int = 0
+    # sgd (the published one) | adamw: networks from scratch learn small structures with it in far fewer steps.
+    optimizer: str = "sgd"
+    # Of sgd.
     momentum: float = 0.9
     weight_decay: float = 5e-4
     # Multiplies every stage's lr; networks from scratch need more than pretrained ones.
@@ -359,6 +373,8 @@ class ReportConfig:
 
     # Images shown with overlays.
     images: int = 4
+    # Evaluate after every stage, not only after the last.
+    every_stage: bool = True
     # Leading eigenvectors of P shown per image.
     eigenvectors: int = 4
     tensorboard: bool = False
@@ -373,7 +389,7 @@ class Config:
     method: str = "cc4s"
     # clean | released
     preset: str = "clean"
-    # smoke | short | full
+    # smoke | short | cpu | full
     budget: str = "full"
     seed: int = 0
     # auto | cpu | cuda
@@ -408,6 +424,11 @@ def _read_yaml(path: Path) -> DictConfig:
 def _packaged(name: str) -> DictConfig:
     with resources.as_file(resources.files("cc4s") / "recipes" / name) as path:
         return _read_yaml(path)
+
+
+def search_space() -> dict[str, dict[str, Any]]:
+    """The keys that `cc4s tune` searches, each with how its values are drawn: recipes/tuning.yaml."""
+    return OmegaConf.to_container(_packaged("tuning.yaml"))  # type: ignore[return-value]
 
 
 def _merge(config: DictConfig, layer: Any, source: str) -> DictConfig:
@@ -532,6 +553,7 @@ def validate(config: Config) -> None:
     _check_choice("data.format", config.data.format, ("folder", "voc", "pascal_context", "synthetic"))
     _check_choice("model.head", config.model.head, ("cc4s", "aspp"))
     _check_choice("model.norm", config.model.norm, ("batch", "group", "frozen"))
+    _check_choice("train.optimizer", config.train.optimizer, ("sgd", "adamw"))
     _check_choice("train.precision", config.train.precision, ("32-true", "bf16-mixed"))
     consistency = config.loss.consistency
     _check_choice("loss.consistency.normalize", consistency.normalize, ("row", "column"))
@@ -566,7 +588,7 @@ def validate(config: Config) -> None:
         )
     _validate_stages(config.stages, config.model.head)
     if any("consistency" in stage.losses for stage in config.stages):
-        pitch = 8 * config.model.shrink
+        pitch = cell_pitch(config.model)
         if (config.augment.crop - 1) % pitch or config.augment.crop < 2 * pitch + 1:
             raise UserError(
                 f"key augment.crop: got {config.augment.crop}, expected {pitch} m + 1 with m of at least 2:"
@@ -595,11 +617,13 @@ _RANGES: list[tuple[str, float, float]] = [
     ("augment.blur_prob", 0, 1),
     ("augment.flip_prob", 0, 1),
     ("model.width", 1, 1024),
+    ("model.walk_level", 1, 4),
     ("model.head_channels", 1, 8192),
     ("model.key_channels", 0, 8192),
     ("model.shrink", 1, 64),
     ("model.dropout", 0, 0.99),
     ("loss.cross_entropy", 0, 1e6),
+    ("loss.class_balance", 0, 1),
     ("loss.entropy", 0, 1e6),
     ("loss.color", 0, 1e6),
     ("loss.superpixels", 1, 100000),

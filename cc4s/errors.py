@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The errors that are part of the interface."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message names the file or the key, what was found and what was expected.
     """
+
+
+class OutOfTime(Exception):
+    """A deadline came before the end; what is done is on disk, and the same call goes on from there."""

@@ -21,12 +21,13 @@ from cc4s.config import (
     SelfLabelConfig,
     StageConfig,
     TreeEnergyConfig,
+    cell_pitch,
 )
 from cc4s.data import ignore_index
 from cc4s.models import frozen_statistics
 from cc4s.models.segmenter import SegmenterOutput, cell_mask
 from cc4s.self_labels import soft_self_labels
-from cc4s.transforms import STRIDE, ImageTransform
+from cc4s.transforms import ImageTransform
 
 Batch = dict[str, Any]
 
@@ -121,16 +122,37 @@ TERMS: dict[str, Callable[[LossConfig, int], Term]] = {
 }
 
 
+def balanced_weights(pixels: Tensor, power: float) -> Tensor:
+    """Class weights (1 / share)^power, scaled so that their mean over the labelled pixels is 1.
+
+    Args:
+        pixels: (C,) labelled pixels of each class. Classes without any weigh as much as the rarest one; where there is
+            no labelled pixel all weights are 1.
+        power: 0 gives 1 everywhere, 1 the same total weight to every class.
+
+    Returns:
+        (C,) float32.
+    """
+    if not bool(pixels.any()):
+        return torch.ones(len(pixels))
+    share = pixels.double() / pixels.sum()
+    weight = share.clamp_min(share[share > 0].min()) ** -power
+    return (weight / (weight * share).sum()).float()
+
+
 class StageLoss(nn.Module):
     """Cross-entropy, and entropy, colour, consistency and the terms of peers where the stage has them.
 
     Args:
-        config: of the run; its `loss`, `augment.crop`, `model.shrink` and `model.mask_padding`.
+        config: of the run; its `loss`, `augment.crop` and `model`.
         stage: which terms are on.
         num_classes: number of classes.
+        class_weight: (C,) of the cross-entropy; None weighs all alike.
     """
 
-    def __init__(self, config: Config, stage: StageConfig, num_classes: int) -> None:
+    def __init__(
+        self, config: Config, stage: StageConfig, num_classes: int, class_weight: Tensor | None = None
+    ) -> None:
         super().__init__()
         loss, consistency = config.loss, config.loss.consistency
         self.ignored = ignore_index(num_classes)
@@ -139,8 +161,8 @@ class StageLoss(nn.Module):
         self.skip_boundaries = self.has_entropy and loss.entropy_skip_boundaries
         self.mask_padding = config.model.mask_padding
         self.update_statistics = consistency.update_statistics
-        cells = (config.augment.crop - 1) // STRIDE + 1
-        self.grid = (cells - 1) // config.model.shrink + 1
+        # Rows and columns of the walk's positions.
+        self.grid = (config.augment.crop - 1) // cell_pitch(config.model) + 1
         self.scribble = ckn.ScribbleLoss(
             loss.cross_entropy,
             loss.entropy if self.has_entropy else 0.0,
@@ -150,6 +172,7 @@ class StageLoss(nn.Module):
             norm=loss.color_norm,
             relaxation=loss.relaxation,
             ignore_index=self.ignored,
+            class_weight=class_weight,
         )
         self.peers = {
             name: (getattr(loss, name).weight, TERMS[name](loss, self.ignored))

@@ -10,8 +10,6 @@ from torch import Tensor
 from cc4s.config import ConsistencyConfig
 from cc4s_kernels.nn import Crop, Flip
 
-STRIDE = 8
-
 
 class ImageTransform:
     """One drawn transform.
@@ -26,7 +24,7 @@ class ImageTransform:
         self.pixels = pixels
 
 
-def draw(config: ConsistencyConfig, side: int, shrink: int, rng: random.Random) -> ImageTransform:
+def draw(config: ConsistencyConfig, side: int, pitch: int, rng: random.Random) -> ImageTransform:
     """Draws a transform for square images.
 
     Crops start at multiples of the cell pitch and have sides of a whole number of pitches plus one pixel, so that
@@ -35,10 +33,9 @@ def draw(config: ConsistencyConfig, side: int, shrink: int, rng: random.Random) 
     Args:
         config: which transforms, and the shares of the side a crop keeps.
         side: height and width of the images in pixels.
-        shrink: shrink factor of the random walk; the pitch of its cells is 8 * shrink pixels.
+        pitch: pixels between the cells of the random walk; the sides are a multiple of it plus 1.
         rng: source of randomness.
     """
-    pitch = STRIDE * shrink
     cells = (side - 1) // pitch + 1
     kind = rng.choice(config.transforms)
     if kind == "flip":

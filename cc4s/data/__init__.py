@@ -11,7 +11,7 @@ from cc4s.data.images import (
     voc_palette,
     write_index_png,
 )
-from cc4s.data.loading import EvaluationSet, StepSampler, TrainingSet, normalize, worker_init
+from cc4s.data.loading import EvaluationSet, StepSampler, TrainingSet, label_counts, normalize, worker_init
 from cc4s.data.scribbles import (
     drop_folder,
     drop_scribbles,
@@ -35,6 +35,7 @@ __all__ = [
     "generate_scribble_folder",
     "generate_scribbles",
     "ignore_index",
+    "label_counts",
     "normalize",
     "open_dataset",
     "read_image",

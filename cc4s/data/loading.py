@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -46,6 +47,32 @@ def worker_init(worker_id: int) -> None:
     """One thread per loader process: OpenCV's and torch's own threads would only fight over the cores."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def read_label(entry: Entry, labels: str | Path, num_classes: int) -> Array:
+    """The training label of an image: of its scribble, of its mask, or from a folder of pseudo-labels.
+
+    Raises:
+        UserError: there is none, or it is no index image of these classes.
+    """
+    if isinstance(labels, Path):
+        return read_index_png(labels / f"{entry.name}.png", num_classes)
+    if labels == "masks":
+        if entry.label is None:
+            raise UserError(f"{entry.image}: the image has no mask")
+        return read_index_png(entry.label, num_classes)
+    if entry.scribble is None:
+        raise UserError(f"{entry.image}: the image has no scribble")
+    return read_scribble(entry.scribble, entry.classes, num_classes)
+
+
+def label_counts(entries: Sequence[Entry], labels: str | Path, num_classes: int) -> npt.NDArray[np.int64]:
+    """Labelled pixels of every class over all images, (num_classes,)."""
+    total = np.zeros(num_classes, np.int64)
+    for entry in entries:
+        counts = np.bincount(read_label(entry, labels, num_classes).ravel(), minlength=num_classes)
+        total += counts[:num_classes]
+    return total
 
 
 class TrainingSet(TorchDataset[dict[str, Any]]):
@@ -100,7 +127,7 @@ class TrainingSet(TorchDataset[dict[str, Any]]):
         epoch, index = key
         entry = self.entries[index]
         pixels = read_image(entry.image, self.data.channels)
-        label = self._label(entry)
+        label = read_label(entry, self.labels, self.num_classes)
         if label.shape != pixels.shape[:2]:
             raise UserError(f"{entry.image}: image of {pixels.shape[:2]}, label of {label.shape} (height, width)")
         fill = np.rint(self.mean * 255) if pixels.dtype == np.uint8 else self.mean
@@ -126,17 +153,6 @@ class TrainingSet(TorchDataset[dict[str, Any]]):
         if self.superpixels:
             sample["superpixels"] = self._superpixels(sample["rgb"], sample["valid"])
         return sample
-
-    def _label(self, entry: Entry) -> Array:
-        if isinstance(self.labels, Path):
-            return read_index_png(self.labels / f"{entry.name}.png", self.num_classes)
-        if self.labels == "masks":
-            if entry.label is None:
-                raise UserError(f"{entry.image}: the image has no mask")
-            return read_index_png(entry.label, self.num_classes)
-        if entry.scribble is None:
-            raise UserError(f"{entry.image}: the image has no scribble")
-        return read_scribble(entry.scribble, entry.classes, self.num_classes)
 
     def _superpixels(self, rgb: Tensor, valid: Tensor) -> Tensor:
         import cc4s_kernels as ck

@@ -42,7 +42,7 @@ def run_demo(out: Path, overrides: list[str] | None = None, **fixed: Any) -> dic
     main = runs["cc4s"]
     if not main.runtime.is_main:
         return {}
-    found = {name: record for result in metrics.values() for name, record in result["stages"].items()}
+    found = {name: metrics[name]["final"] for name in ("pce", "full")} | metrics["cc4s"]["stages"]
     found["pseudo_labels"] = metrics["cc4s"]["pseudo_labels"]
     rows = {name: found[name] for name in TITLES if name in found}
     atomic_write_json(out / "demo.json", rows)

@@ -21,8 +21,9 @@ from cc4s.engine import checkpoint, crf, evaluation, trackers
 from cc4s.engine.inference import Predictor
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, kernels
+from cc4s.engine.stagecache import StageCache
 from cc4s.engine.training import StageTraining
-from cc4s.errors import UserError
+from cc4s.errors import OutOfTime, UserError
 from cc4s.files import atomic_write_json
 from cc4s.report import ReportImage, write_report
 
@@ -38,13 +39,17 @@ class Run:
         config: the resolved configuration.
         out: the run's folder, new or of this very run.
         runtime: devices and processes; made from the configuration if None.
+        cache: where stages are looked up before they are trained and left afterwards; None has none.
 
     Raises:
         UserError: the folder holds something else, or the data is unusable.
     """
 
-    def __init__(self, config: Config, out: Path, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self, config: Config, out: Path, runtime: Runtime | None = None, cache: StageCache | None = None
+    ) -> None:
         self.config = config
+        self.cache = cache
         self.folder = RunFolder(out)
         self.dataset: Dataset | None = None
         self.runtime = runtime or Runtime(config)
@@ -63,6 +68,7 @@ class Run:
 
         Raises:
             UserError: bad input, or a backend that cannot run here.
+            OutOfTime: the runtime's deadline is over; the same call goes on.
         """
         stages = self._stages(until)
         # One process owns the folder; the others only read it.
@@ -74,12 +80,17 @@ class Run:
                 self.folder.mend_log()
                 self._announce()
             began = time.perf_counter()
+            keys = self.cache.keys(self.config, dataset) if self.cache is not None and self.runtime.is_main else {}
             for index, stage in enumerate(stages):
+                self._fetch(stage, keys)
+                if self.runtime.out_of_time():
+                    raise OutOfTime(f"stopped before stage {stage.name}")
                 if stage.labels == "pseudo":
-                    self._pseudo_labels(stages[index - 1].name, dataset)
+                    self._pseudo_labels(stage.name, stages[index - 1].name, dataset)
                 network = self._train(stage, dataset)
-                if report:
+                if report and (self.config.report.every_stage or stage is stages[-1]):
                     self._evaluate(stage.name, network, dataset)
+                self._store(stage, keys)
             if not report:
                 return {}
             metrics = self._collect(stages, dataset)
@@ -139,6 +150,16 @@ class Run:
             return None
         return StageTraining(self.config, stage, dataset, self.folder, self.runtime).run()
 
+    def _fetch(self, stage: StageConfig, keys: dict[str, str]) -> None:
+        if self.cache is not None and self.runtime.is_main and self.cache.fetch(keys[stage.name], stage, self.folder):
+            logger.info("stage %s: shared with another run", stage.name)
+        self.runtime.barrier()
+
+    def _store(self, stage: StageConfig, keys: dict[str, str]) -> None:
+        if self.cache is not None and self.runtime.is_main:
+            self.cache.store(keys[stage.name], self.config, stage, self.folder)
+        self.runtime.barrier()
+
     def _network(self, stage: str) -> nn.Module:
         trained = checkpoint.load_trained(self.folder.checkpoint(stage))
         return trained.network.to(self.runtime.device)
@@ -161,12 +182,18 @@ class Run:
         )
         result["seconds"] = round(time.perf_counter() - began, 3)
         if self.runtime.is_main:
-            self.folder.log(event="evaluate", stage=stage, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
+            self.folder.log(
+                event="evaluate",
+                stage=stage,
+                miou=result["miou"],
+                pixel_accuracy=result["pixel_accuracy"],
+                seconds=result["seconds"],
+            )
             logger.info("stage %s: mIoU %.1f", stage, 100 * (result["miou"] or 0.0))
         self._record(stage, result)
 
-    def _pseudo_labels(self, source: str, dataset: Dataset) -> None:
-        """Pseudo-labels from the stage before, unless they are complete."""
+    def _pseudo_labels(self, stage: str, source: str, dataset: Dataset) -> None:
+        """Pseudo-labels for a stage from the one before, unless they are complete."""
         if self.folder.read_record("pseudo_labels") is not None:
             return
         began = time.perf_counter()
@@ -175,12 +202,20 @@ class Run:
         )
         result |= {"source": source, "seconds": round(time.perf_counter() - began, 3)}
         if self.runtime.is_main:
-            self.folder.log(event="pseudo_labels", stage=source, coverage=result["coverage"], miou=result.get("miou"))
+            self.folder.log(
+                event="pseudo_labels",
+                stage=stage,
+                source=source,
+                coverage=result["coverage"],
+                miou=result.get("miou"),
+                seconds=result["seconds"],
+            )
         self._record("pseudo_labels", result)
 
     def _collect(self, stages: list[StageConfig], dataset: Dataset) -> dict[str, Any]:
-        """The content of metrics.json: every stage's metrics, and the last one's once more as the final ones."""
-        records = {stage.name: self.folder.read_record(stage.name) for stage in stages}
+        """The content of metrics.json: the metrics of the evaluated stages, and the last one's as the final ones."""
+        found = {stage.name: self.folder.read_record(stage.name) for stage in stages}
+        records = {name: record for name, record in found.items() if record is not None}
         final = records[stages[-1].name] or {}
         metrics: dict[str, Any] = {
             "dataset": self.config.dataset,

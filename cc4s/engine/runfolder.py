@@ -28,6 +28,11 @@ _FREE_KEYS = (
 )
 
 
+def is_free_key(key: str) -> bool:
+    """Whether a key of the configuration changes how a run is carried out, not what it computes."""
+    return key in _FREE_KEYS or key.startswith("report.")
+
+
 class RunFolder:
     """Paths and records of one run.
 
@@ -88,18 +93,14 @@ class RunFolder:
             if self.path.is_dir() and any(entry.name not in (".lock", "data") for entry in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: not empty and not a run of cc4s; choose another folder")
             return
-        old = _flatten(configuration.to_dict(configuration.from_dict(_read_config(stored), str(stored))))
-        new = _flatten(configuration.to_dict(config))
-        for key in sorted(old.keys() | new.keys()):
-            if key in _FREE_KEYS or key.startswith("report."):
-                continue
-            if key == "data.root" and Path(old[key]).resolve() == Path(new[key]).resolve():
-                continue
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"--out {self.path}: holds another run ({key} was {old.get(key)!r}, now {new.get(key)!r});"
-                    " choose another folder or the same settings"
-                )
+        old = configuration.to_dict(configuration.from_dict(read_config(stored), str(stored)))
+        difference = first_difference(old, configuration.to_dict(config))
+        if difference is not None:
+            key, was, now = difference
+            raise UserError(
+                f"--out {self.path}: holds another run ({key} was {was!r}, now {now!r});"
+                " choose another folder or the same settings"
+            )
 
     def create(self, config: Config) -> None:
         """Makes the folder, records the configuration once, and clears what a killed process left half-written."""
@@ -166,8 +167,21 @@ class RunFolder:
                 file.truncate(content.rfind(b"\n") + 1)
 
     def seconds(self) -> float:
-        """Wall-clock seconds of all sessions of the run that ended."""
-        return round(sum(entry["seconds"] for entry in self.read_log() if entry["event"] == "end"), 3)
+        """Wall-clock seconds of training, evaluation and pseudo-labels, over all sessions.
+
+        Stages that came from a cache count with the time they once took.
+        """
+        total = 0.0
+        session: dict[str, float] = {}
+        for entry in self.read_log():
+            stage = entry.get("stage", "")
+            if entry["event"] == "start":
+                total += session.pop(stage, 0.0)
+            elif entry["event"] == "step":
+                session[stage] = entry["seconds"]
+            elif entry["event"] in ("evaluate", "pseudo_labels"):
+                total += entry["seconds"]
+        return round(total + sum(session.values()), 3)
 
     def read_log(self) -> list[dict[str, Any]]:
         if not self.log_file.is_file():
@@ -184,7 +198,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a run's config.yaml."""
     from omegaconf import OmegaConf
 
     try:
@@ -194,6 +209,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: damaged; choose another --out")
     return values  # type: ignore[return-value]
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key, with both values, in which two configurations compute different things; None if there is none."""
+    old, new = _flatten(old), _flatten(new)
+    for key in sorted(old.keys() | new.keys()):
+        if is_free_key(key):
+            continue
+        if key == "data.root" and key in old and key in new and Path(old[key]).resolve() == Path(new[key]).resolve():
+            continue
+        if old.get(key) != new.get(key):
+            return key, old.get(key), new.get(key)
+    return None
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -28,9 +29,14 @@ class Runtime:
     """Lightning Fabric with the few collective operations the engine needs.
 
     Under `torchrun` (or any launcher that sets WORLD_SIZE) every process takes its share; otherwise one process runs.
+
+    Args:
+        config: device and precision.
+        deadline: the moment of `time.monotonic` after which `out_of_time` is true; None never comes.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, deadline: float | None = None) -> None:
+        self.deadline = deadline
         # Lightning announces devices and processes at the level of information.
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -85,6 +91,10 @@ class Runtime:
         if refusal is not None:
             raise UserError(refusal)
         return result
+
+    def out_of_time(self) -> bool:
+        """Whether the deadline is over for any process; the same answer on every one of them."""
+        return self.deadline is not None and any(self.gather(time.monotonic() > self.deadline))
 
     def barrier(self) -> None:
         self.fabric.barrier()

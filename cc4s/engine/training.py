@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 from cc4s import config as configuration
 from cc4s import transforms
 from cc4s.config import Config, StageConfig
-from cc4s.data import Dataset, StepSampler, TrainingSet, worker_init
+from cc4s.data import Dataset, StepSampler, TrainingSet, label_counts, worker_init
 from cc4s.engine import checkpoint
 from cc4s.engine.meter import peak_memory_mb, reset_peak_memory
 from cc4s.engine.runfolder import RunFolder
 from cc4s.engine.runtime import Runtime, derive_seed, seed_everything
-from cc4s.errors import UserError
-from cc4s.losses import Batch, StageLoss
+from cc4s.errors import OutOfTime, UserError
+from cc4s.losses import Batch, StageLoss, balanced_weights
 from cc4s.models import build_model, synchronize
 from cc4s.progress import progress_bar
 
@@ -36,6 +36,16 @@ def stage_steps(config: Config, stage: StageConfig, images: int) -> int:
 def learning_rate(config: Config, stage: StageConfig, step: int, steps: int) -> float:
     """Polynomial decay per iteration: lr (1 - step/steps)^power."""
     return stage.lr * config.train.lr_factor * (1 - step / steps) ** config.train.poly_power
+
+
+def new_optimizer(config: Config, stage: StageConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of `train.optimizer` for what is trainable in a network."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if config.train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=config.train.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=stage.lr, momentum=config.train.momentum, weight_decay=config.train.weight_decay
+    )
 
 
 def new_network(config: Config, stage: StageConfig, num_classes: int) -> nn.Module:
@@ -77,6 +87,8 @@ class StageTraining:
     def run(self) -> nn.Module:
         """Trains to the end, writes the stage's checkpoint and returns the network (EMA weights where on)."""
         config, fabric = self.config, self.runtime.fabric
+        self.loss = StageLoss(config, self.stage, len(self.dataset.classes), self._class_weight())
+        self.loss.to(self.runtime.device)
         network = new_network(config, self.stage, len(self.dataset.classes))
         running = self._running_checkpoint()
         if running is not None:
@@ -87,12 +99,7 @@ class StageTraining:
         network = synchronize(fabric.to_device(network))
         if config.train.compile:
             network.compile()
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in network.parameters() if parameter.requires_grad],
-            lr=self.stage.lr,
-            momentum=config.train.momentum,
-            weight_decay=config.train.weight_decay,
-        )
+        optimizer = new_optimizer(config, self.stage, network)
         step = 0
         average = _Average(network, config.train.ema)
         if running is not None:
@@ -127,7 +134,7 @@ class StageTraining:
 
     def _loop(self, network: nn.Module, module: Any, optimizer: Any, average: _Average, start: int) -> None:
         train, runtime = self.config.train, self.runtime
-        batches = self._batches(start)
+        batches = self.batches(start)
         bar = progress_bar(
             range(start, self.steps),
             f"{self.stage.name:>5}",
@@ -147,7 +154,8 @@ class StageTraining:
             done = step + 1
             if done == start + 1:
                 warm = time.perf_counter()
-            save = done % train.checkpoint_every == 0 and done < self.steps
+            stop = done % train.log_every == 0 and done < self.steps and runtime.out_of_time()
+            save = stop or (done % train.checkpoint_every == 0 and done < self.steps)
             if done % train.log_every == 0 or done == self.steps or save:
                 values = {name: value.item() for name, value in terms.items()}
                 values = self._mean_over_processes(values)
@@ -172,6 +180,9 @@ class StageTraining:
                 content = self._content(network)
                 content |= {"optimizer": optimizer.state_dict(), "average": average.state(), "step": done}
                 checkpoint.save(self.folder.running, content)
+            if stop:
+                bar.close()
+                raise OutOfTime(f"stage {self.stage.name}: stopped at step {done} of {self.steps}")
         if runtime.is_main and start < self.steps:
             # Without the first step, which warms up.
             self.folder.log(
@@ -190,7 +201,7 @@ class StageTraining:
         micro = [fabric.to_device(next(batches)) for _ in range(config.train.accumulate)]
         # Randomness is keyed by its place in the run: neither a resume nor the number of processes changes it.
         places = [(config.seed, self.stage.name, step, index) for index in range(len(micro))]
-        drawn = [self._draw_transform(place) for place in places]
+        drawn = [self.draw_transform(place) for place in places]
         counts = self.loss.global_counts(micro, drawn)
         lr = learning_rate(config, self.stage, step, self.steps)
         for group in optimizer.param_groups:
@@ -209,11 +220,12 @@ class StageTraining:
         optimizer.step()
         return terms, norm, lr
 
-    def _draw_transform(self, place: tuple[Any, ...]) -> transforms.ImageTransform | None:
+    def draw_transform(self, place: tuple[Any, ...]) -> transforms.ImageTransform | None:
         if "consistency" not in self.stage.losses:
             return None
         rng = random.Random(derive_seed(*place, "transform"))
-        return transforms.draw(self.config.loss.consistency, self.config.augment.crop, self.config.model.shrink, rng)
+        pitch = configuration.cell_pitch(self.config.model)
+        return transforms.draw(self.config.loss.consistency, self.config.augment.crop, pitch, rng)
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
         if self.runtime.world_size == 1:
@@ -222,18 +234,25 @@ class StageTraining:
         mean = self.runtime.all_reduce_sum(packed) / self.runtime.world_size
         return dict(zip(values, mean.tolist(), strict=True))
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _class_weight(self) -> Tensor | None:
+        """Class weights from the labels of the stage, over the whole training list."""
+        if not self.config.loss.class_balance:
+            return None
+        pixels = label_counts(self.dataset.train, self._labels(), len(self.dataset.classes))
+        return balanced_weights(torch.from_numpy(pixels), self.config.loss.class_balance)
+
+    def _labels(self) -> str | Path:
+        return self.folder.pseudo_labels if self.stage.labels == "pseudo" else self.stage.labels
+
+    def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this process from optimiser step `start` on."""
         config = self.config
-        labels: str | Path = self.stage.labels
-        if labels == "pseudo":
-            labels = self.folder.pseudo_labels
         samples = TrainingSet(
             self.dataset.train,
             config.data,
             config.augment,
-            seed=config.seed,
-            labels=labels,
+            seed=self._data_seed,
+            labels=self._labels(),
             num_classes=len(self.dataset.classes),
             superpixels=config.loss.superpixels if self.loss.needs_superpixels else 0,
             compactness=config.loss.compactness,
@@ -247,11 +266,16 @@ class StageTraining:
         )
         return iter(loader)
 
+    @property
+    def _data_seed(self) -> int:
+        """Every stage sees the images in an order of its own, under other augmentations."""
+        return derive_seed(self.config.seed, self.stage.name, "data")
+
     def _sampler(self, start: int) -> StepSampler:
         return StepSampler(
             len(self.dataset.train),
             self.config.train.batch_size,
-            seed=self.config.seed,
+            seed=self._data_seed,
             start_step=start,
             total_steps=self.steps,
             accumulate=self.config.train.accumulate,

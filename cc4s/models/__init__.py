@@ -10,6 +10,7 @@ from cc4s.models.norm import BatchNorm2d, FrozenBatchNorm2d, frozen_statistics, 
 from cc4s.models.released import is_released_checkpoint, load_released_checkpoint
 from cc4s.models.resnet import ResNet
 from cc4s.models.segmenter import ASPPHead, RandomWalkHead, Segmenter, SegmenterOutput
+from cc4s.models.unet import UNet
 from cc4s.models.weights import load_backbone_weights, read_torch_file
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ResNet",
     "Segmenter",
     "SegmenterOutput",
+    "UNet",
     "build_backbone",
     "build_model",
     "frozen_statistics",
@@ -43,9 +45,17 @@ def _check(config: ModelConfig) -> None:
         raise UserError(f"model.dropout: got {config.dropout}, expected at least 0 and below 1")
     if config.head not in HEADS:
         raise UserError(f"model.head: got {config.head!r}, expected one of {', '.join(HEADS)}")
+    if config.backbone == "unet":
+        if config.head != "cc4s" or config.backbone_weights:
+            key = "head" if config.head != "cc4s" else "backbone_weights"
+            raise UserError(f"model.{key}: got {getattr(config, key)!r}; model.backbone=unet has none of its own")
+        if not 1 <= config.walk_level <= 4:
+            raise UserError(f"model.walk_level: got {config.walk_level}, expected 1 to 4")
 
 
-def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, random_walk: bool = True) -> Segmenter:
+def build_model(
+    config: ModelConfig, *, num_classes: int, in_channels: int, random_walk: bool = True
+) -> Segmenter | UNet:
     """Builds a network from its configuration: random weights, then `config.backbone_weights` if given.
 
     Args:
@@ -63,6 +73,18 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, rand
     """
     _check(config)
     norm = norm_layer(config.norm)
+    if config.backbone == "unet":
+        return UNet(
+            in_channels,
+            num_classes,
+            width=config.width,
+            walk_level=config.walk_level,
+            key_channels=config.key_channels or None,
+            shrink=config.shrink,
+            dropout=config.dropout,
+            norm=norm,
+            random_walk=random_walk,
+        )
     backbone = build_backbone(config.backbone, in_channels, width=config.width, norm=config.norm)
     head: RandomWalkHead | ASPPHead
     if config.head == "aspp":

@@ -43,7 +43,8 @@ def _conv_norm_relu(inputs: int, outputs: int, kernel: int, norm: Norm, dilation
     return nn.Sequential(conv, norm(outputs), nn.ReLU(inplace=True))
 
 
-def _classifier(inputs: int, num_classes: int, dropout: float) -> nn.Sequential:
+def classifier(inputs: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Dropout of channels and a 1x1 convolution to the classes."""
     conv = nn.Conv2d(inputs, num_classes, 1)
     # Fan in: logits of unit size whatever the number of classes.
     nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")
@@ -82,7 +83,7 @@ class RandomWalkHead(nn.Module):
         self.conv51 = _conv_norm_relu(channels, channels, 3, norm)
         initialize(self)
         self.walk = RandomWalk2d(channels, key_channels=key_channels, shrink=shrink) if random_walk else None
-        self.conv6 = _classifier(channels, num_classes, dropout)
+        self.conv6 = classifier(channels, num_classes, dropout)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of q and k for features of that size."""
@@ -124,7 +125,7 @@ class ASPPHead(nn.Module):
         self.pool = nn.Sequential(nn.Conv2d(in_channels, channels, 1), nn.ReLU(inplace=True))
         self.project = _conv_norm_relu(channels * (len(branches) + 1), channels, 1, norm)
         initialize(self)
-        self.conv6 = _classifier(channels, num_classes, dropout)
+        self.conv6 = classifier(channels, num_classes, dropout)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The features' own grid."""
@@ -153,6 +154,17 @@ def cell_mask(mask: Tensor, height: int, width: int) -> Tensor:
     rows = nearest_cells(mask.shape[1], height, mask.device)
     columns = nearest_cells(mask.shape[2], width, mask.device)
     return mask[:, rows[:, None], columns[None, :]]
+
+
+def check_mask(x: Tensor, mask: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless the mask is None or bool (B, H, W) for images x (B, n, H, W)."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {mask.dtype}, expected torch.bool")
+    expected = (x.shape[0], *x.shape[2:])
+    if mask.shape != expected:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}, the image's")
 
 
 class Segmenter(nn.Module):
@@ -185,12 +197,7 @@ class Segmenter(nn.Module):
             TypeError: `mask` is not bool.
             ValueError: `mask` does not fit `x`.
         """
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask: got {mask.dtype}, expected torch.bool")
-            if mask.shape != (x.shape[0], *x.shape[2:]):
-                expected = (x.shape[0], *x.shape[2:])
-                raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}, the image's")
+        check_mask(x, mask)
         x = self.backbone(x)
         height, width = x.shape[2:]
         cells = None if mask is None else cell_mask(mask, height, width)

@@ -10,7 +10,16 @@ from cc4s.report.figures import (
     legend,
 )
 from cc4s.report.html import write_report
-from cc4s.report.ladder import Rung, ladder_figure, ladder_markdown, summarize_ladder
+from cc4s.report.ladder import (
+    Rung,
+    ladder_figure,
+    ladder_markdown,
+    robustness_curves,
+    robustness_figure,
+    robustness_markdown,
+    summarize_ladder,
+    write_ladder,
+)
 from cc4s.report.overlays import (
     ReportImage,
     draw_scribble,
@@ -27,6 +36,7 @@ from cc4s.report.tables import (
     mean_and_std,
     text_table,
 )
+from cc4s.report.tuning import tuning_markdown, write_tuning
 
 __all__ = [
     "ReportImage",
@@ -50,7 +60,13 @@ __all__ = [
     "markdown_table",
     "mean_and_std",
     "overlay",
+    "robustness_curves",
+    "robustness_figure",
+    "robustness_markdown",
     "summarize_ladder",
     "text_table",
+    "tuning_markdown",
+    "write_ladder",
     "write_report",
+    "write_tuning",
 ]

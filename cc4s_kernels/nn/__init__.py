@@ -2,8 +2,8 @@
 
 from cc4s_kernels.nn._reduce import global_count
 from cc4s_kernels.nn.consistency import EigenspaceConsistencyLoss
-from cc4s_kernels.nn.gated_crf import GatedCRFLoss
 from cc4s_kernels.nn.dense import DenseCRFLoss, KernelCutLoss, NormalizedCutLoss
+from cc4s_kernels.nn.gated_crf import GatedCRFLoss
 from cc4s_kernels.nn.losses import (
     ColorConstraintLoss,
     Counts,

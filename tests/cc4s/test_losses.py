@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cc4s.config import Config, ConsistencyConfig, load_config
-from cc4s.losses import StageLoss
+from cc4s.losses import StageLoss, balanced_weights
 from cc4s.models import build_model
 from cc4s.transforms import draw
 from tests.cc4s.run_tools import TINY
@@ -144,3 +144,31 @@ def test_batches_without_scribbles_train_on() -> None:
     assert float(terms["cross_entropy"]) == 0
     terms["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_balanced_weights() -> None:
+    """A quarter and three quarters of the pixels; a class without pixels weighs as much as the rarest."""
+    pixels = torch.tensor([75, 25, 0])
+    torch.testing.assert_close(balanced_weights(pixels, 0.0), torch.ones(3))
+    # Every class has the same weight in total: 0.75 w0 = 0.25 w1, and the mean over pixels is 1.
+    torch.testing.assert_close(balanced_weights(pixels, 1.0), torch.tensor([2 / 3, 2.0, 2.0]))
+    half = balanced_weights(pixels, 0.5)
+    assert float(half[1] / half[0]) == pytest.approx(3**0.5)
+    torch.testing.assert_close(balanced_weights(torch.zeros(2), 0.5), torch.ones(2))
+
+
+def test_class_weights_reach_the_cross_entropy() -> None:
+    """Against torch's weighted cross-entropy on the upsampled logits."""
+    config, batch = small_config(), small_batch()
+    stage = next(stage for stage in config.stages if stage.name == "ur")
+    stage.losses = []
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0])
+    torch.manual_seed(0)
+    network = build_model(config.model, num_classes=CLASSES, in_channels=3).eval()
+    loss = StageLoss(config, stage, CLASSES, weight)
+    found = loss(network, batch, None, loss.global_counts([batch], [None]))["loss"]
+    logits = network(batch["image"], batch["valid"]).logits
+    logits = F.interpolate(logits, size=(CROP, CROP), mode="bilinear", align_corners=True)
+    expected = F.cross_entropy(logits, batch["label"].long(), weight, ignore_index=255)
+    # float32 sums in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

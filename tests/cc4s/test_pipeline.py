@@ -170,6 +170,7 @@ def test_accumulation_trains_like_one_batch(tmp_path: Path) -> None:
         "train.precision=bf16-mixed",
         "train.compile=true",
         "train.ema=0.9",
+        "train.optimizer=adamw",
         "kernels=cpu",
         "preset=released",
         "method=full",
@@ -178,14 +179,11 @@ def test_accumulation_trains_like_one_batch(tmp_path: Path) -> None:
     ],
 )
 def test_options_run(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = ["stages.0.losses=[]"] if option == "model.head=aspp" else []
+    extra = ["method=pce"] if option == "model.head=aspp" else []
     if option == "train.compile=true":
         # Inductor compiles for a minute; what is tested is that the compiled network trains and saves.
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
-    stage = {"method=full": "full", "method=pce": "pce"}.get(option, "ur" if extra else "ss")
-    if extra:
-        extra.append("method=pce")
-        stage = "pce"
+    stage = "ur" if extra or option.startswith("method=") else "ss"
     out = tmp_path / "out"
     assert main(["train", "synthetic", "--stage", stage, "--out", str(out), *TINY, option, *extra]) == 0
     assert (out / "checkpoints" / f"{stage}.pt").is_file()
