@@ -302,7 +302,7 @@ def _gated_inputs() -> Inputs:
 
 def _gated(prob: Array, image: Array, radius: int, mask: Array) -> tuple[Array, ...]:
     """With the dense matrix of all pairs of pixels."""
-    position = np.stack(np.indices(prob.shape[2:])).reshape(2, -1).T
+    position = np.indices(prob.shape[2:]).reshape(2, -1).T
     offset = position[:, None] - position
     near = (np.abs(offset).max(-1) <= radius) & offset.any(-1)
     plane = (offset**2).sum(-1) / 6**2
@@ -319,7 +319,7 @@ def _tree_inputs() -> Inputs:
 
 def _tree(values: Array, guide: Array, sigma: float) -> tuple[Array, ...]:
     """Distances in the spanning tree, by repeated shortening over all pairs of pixels."""
-    position = np.stack(np.indices(values.shape[2:])).reshape(2, -1).T
+    position = np.indices(values.shape[2:]).reshape(2, -1).T
     touch = np.abs(position[:, None] - position).sum(-1) == 1
     filtered = []
     for v, g in zip(values.reshape(*values.shape[:2], -1), guide.reshape(*guide.shape[:2], -1), strict=True):

@@ -112,13 +112,13 @@ def test_soft_self_labels() -> None:
 
 
 def test_self_labelling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config("synthetic", [*TINY, "method=selflabel", "train.iterations=2", "train.checkpoint_every=1"])
+    config = load_config("synthetic", [*TINY, "method=selflabel", "train.iterations=3", "train.checkpoint_every=1"])
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     Run(config, straight).execute(report=False)
     step = StageTraining._step
 
     def interrupted(self: StageTraining, *args: Any) -> Any:
-        if self.stage.name == "selflabel" and args[-1] == 2:
+        if self.stage.name == "ss" and args[-1] == 2:
             raise KeyboardInterrupt
         return step(self, *args)
 
@@ -126,7 +126,7 @@ def test_self_labelling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
         patch.setattr(StageTraining, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Run(config, stopped).execute(report=False)
-    assert max(s for stage, s in loss_curve(stopped) if stage == "selflabel") == 2
+    assert max(s for stage, s in loss_curve(stopped) if stage == "ss") == 2
     Run(config, stopped).execute(report=False)
     assert loss_curve(stopped) == loss_curve(straight)
 
