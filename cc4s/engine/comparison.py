@@ -85,10 +85,10 @@ def training_cost(log: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     The first step of a session, which warms up, is not timed.
     """
     parts = [entry for entry in log if entry["event"] == "trained"]
-    seconds = sum(part["seconds"] for part in parts)
+    images, seconds = (sum(part[key] for part in parts) for key in ("images", "seconds"))
     peaks = [part["peak_memory_mb"] for part in parts if part["peak_memory_mb"] is not None]
     return {
-        "images_per_second": round(sum(part["images"] for part in parts) / seconds, 3) if seconds > 0 else None,
+        "images_per_second": round(images / seconds, 3) if images > 0 else None,
         "peak_memory_mb": max(peaks, default=None),
     }
 
