@@ -13,7 +13,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from cc4s_kernels import backends
 from cc4s_kernels.contrib._require import require
 
 
-class Framework(NamedTuple):
+@dataclass(frozen=True)
+class Framework:
     """A framework of arrays. array: their type, of the name `name`. from_dlpack: makes one of a tensor. stream: a
     context in which torch works on its current stream."""
 
