@@ -68,7 +68,7 @@ selftest: build
 	$(BIN)/python -m cc4s_kernels.info --selftest
 
 test: lint selftest
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40
 	$(MAKE) test-triton
 
 # A process of its own: Triton decides when a kernel is defined whether it will be interpreted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_arrays_of_another_framework_are_named() -> None:
 def test_of_cupy_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     framework = ckc._cupy()
     assert framework.array is cupy.ndarray
-    monkeypatch.setattr(ckc, "_cupy", lambda: framework._replace(stream=nullcontext))
+    monkeypatch.setattr(ckc, "_cupy", lambda: replace(framework, stream=nullcontext))
     with pytest.raises(TypeError, match=r"^image: got a numpy.ndarray, expected a cupy.ndarray$"):
         ckc.slic(image())
 
