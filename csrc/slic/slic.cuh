@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/strides.cuh"
+#include "common/union_find.cuh"
 #include "common/warp.cuh"
 #include "slic/cells.h"
 #include "slic/lab_tables.h"
@@ -356,22 +357,6 @@ __global__ void __launch_bounds__(kTileThreads, 5)
 }
 
 // ---- Step 6: regions
-
-__device__ __forceinline__ int load(const int* at) { return *static_cast<const volatile int*>(at); }
-__device__ __forceinline__ void store(int* at, int value) { *static_cast<volatile int*>(at) = value; }
-
-// The root of i. Shortens the way while others unite: what is stored here is an ancestor of i and stays one, and i is
-// no root, where alone `unite` writes.
-__device__ __forceinline__ int find(int* parent, int i) {
-  for (;;) {
-    const int up = load(parent + i);
-    if (up == i) return i;
-    const int next = load(parent + up);
-    if (next == up) return up;
-    store(parent + i, next);
-    i = next;
-  }
-}
 
 // Hangs the higher root under the lower one; true if this call united two trees.
 __device__ __forceinline__ bool unite(int* parent, int i, int j) {

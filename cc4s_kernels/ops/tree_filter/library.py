@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cc4s_kernels import _library, backends
+from cc4s_kernels import _cuda, _library, backends
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels.ops.tree_filter import reference
 
@@ -51,7 +51,7 @@ _OP = f"{_library.NAMESPACE}::tree_filter"
 torch.library.register_fake(_OP, _fake, lib=_library.LIBRARY)
 torch.library.register_fake(f"{_OP}_backward", _fake_backward, lib=_library.LIBRARY)
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=_library.LIBRARY)
-torch.library.register_autograd(f"{_OP}_backward", _library.no_second_derivative("cpu"), lib=_library.LIBRARY)
+torch.library.register_autograd(f"{_OP}_backward", _library.no_second_derivative("compiled"), lib=_library.LIBRARY)
 
 
 def _compiled(values: Tensor, guide: Tensor, *, sigma: float) -> Tensor:
@@ -68,5 +68,10 @@ def _cpu_refuses(values: Tensor, guide: Tensor, **options: Any) -> str | None:
     return None if values.device.type == "cpu" else f"values is on {values.device}"
 
 
+def _cuda_refuses(values: Tensor, guide: Tensor, **options: Any) -> str | None:
+    return _cuda.refuses(values, "values")
+
+
 backends.register("tree_filter", "reference", reference.tree_filter)
 backends.register("tree_filter", "cpu", _compiled, _cpu_refuses)
+backends.register("tree_filter", "cuda", _compiled, _cuda_refuses)
