@@ -64,14 +64,16 @@ struct Forest {
   int* open;             // [B, rounds]: whether components are left to be joined
 };
 
-// Integers in the order of weights; -0 is 0.
+// Integers in the order of weights; -0 is 0. By bits alone, as arithmetic may take the smallest numbers for 0.
 __device__ __forceinline__ unsigned ordered(float weight) {
-  const unsigned bits = __float_as_uint(weight + 0.0f);
-  return (bits >> 31) != 0 ? ~bits : bits | 1u << 31;
+  constexpr unsigned kSign = 1u << 31;
+  const unsigned bits = __float_as_uint(weight);
+  return bits > kSign ? ~bits : bits | kSign;
 }
 __device__ __forceinline__ Wide ordered(double weight) {
-  const Wide bits = static_cast<Wide>(__double_as_longlong(weight + 0.0));
-  return (bits >> 63) != 0 ? ~bits : bits | Wide{1} << 63;
+  constexpr Wide kSign = Wide{1} << 63;
+  const Wide bits = static_cast<Wide>(__double_as_longlong(weight));
+  return bits > kSign ? ~bits : bits | kSign;
 }
 
 __global__ void __launch_bounds__(kThreads) prepare(Problem problem, Forest forest, bool wide) {
@@ -383,9 +385,9 @@ __global__ void __launch_bounds__(kThreads)
       line.at[c] = T{0};
       if (channel < problem.channels) {
         line.at[c] = gradient[gradient_at.at(own.of, channel, own.i)] / norm;
-        sum -= line.at[c] * u.at[c] / norm;
+        sum += line.at[c] * u.at[c];
       } else if (channel == problem.channels) {
-        line.at[c] = sum;
+        line.at[c] = -sum / norm;
       }
     }
     field[at] = line;

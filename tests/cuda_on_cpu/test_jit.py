@@ -19,6 +19,7 @@ from cc4s_kernels.ops.superpixel_boundaries.reference import superpixel_boundari
 from tests.cuda_on_cpu import test_color_affinity as affinity
 from tests.cuda_on_cpu import test_slic as slic
 from tests.cuda_on_cpu import test_superpixel_boundaries as boundaries
+from tests.cuda_on_cpu import test_tree_filter as tree
 from tests.cuda_on_cpu.build import library
 from tests.ops.test_slic import random_mask, textured
 from tests.ops.tester import generator, strided_copy
@@ -216,6 +217,33 @@ def test_color_affinity(machine: Machine, dtype: torch.dtype) -> None:
     )
     found = affinity.histograms(image, ids, k)
     assert all(torch.equal(a, b) for a, b in zip((color, texture, counts), found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tree_filter(machine: Machine, dtype: torch.dtype) -> None:
+    weight = strided_copy(torch.rand(2, tree.edges(7, 9), dtype=dtype, generator=generator(6)))
+    found = assert_same_launches(
+        "tree_filter",
+        lambda: tree.trees(weight, 7, 9),
+        lambda: on_jit("tree_filter_trees", weight, 7, 9),
+        allocations=4,
+    )
+    tree.assert_same(found, tree.trees(weight, 7, 9))
+    values, decay, order, parent, gradient = map(strided_copy, tree.problem(2, 5, 7, 9, dtype, 7))
+    out = assert_same_launches(
+        "tree_filter",
+        lambda: tree.run(values, decay, order, parent),
+        lambda: on_jit("tree_filter", values, decay, order, parent),
+        allocations=2,
+    )
+    gradients = assert_same_launches(
+        "tree_filter",
+        lambda: tree.run(values, decay, order, parent, gradient),
+        lambda: on_jit("tree_filter_backward", gradient, values, decay, order, parent),
+        allocations=3,
+    )
+    tree.assert_same((out,), tree.run(values, decay, order, parent))
+    tree.assert_same(gradients, tree.run(values, decay, order, parent, gradient))
 
 
 def test_each_kernel_is_asked_for_once(machine: Machine) -> None:

@@ -1,5 +1,5 @@
-"""The CUDA kernels of `tree_filter` on the CPU: the trees of the C++ kernel and of SciPy, the filter and the gradients of
-the reference, the same bits whatever the order of blocks and threads."""
+"""The CUDA kernels of `tree_filter` on the CPU: the trees of the C++ kernel and of SciPy, the filter and the gradients
+of the reference, the same bits whatever the order of blocks and threads."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_chain_of_components_is_joined_in_one_round(falling: bool) -> None:
 
 @needs_extension
 def test_levels_wider_than_a_block() -> None:
-    """Equal weights: rows that hang on the first column; at 258 x 258 levels of up to 258 places, two steps of a block."""
+    """Equal weights: rows that hang on the first column. Levels of up to 258 places are two steps of a block."""
     assert_trees(torch.zeros(1, edges(258, 258)), 258, 258, 0)
 
 
