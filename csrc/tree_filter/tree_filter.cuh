@@ -12,7 +12,8 @@ using Wide = unsigned long long;
 constexpr int kThreads = 256;
 // Channels that a block sweeps over the tree, and the places that it takes at a time.
 constexpr int kWidth = 4;
-constexpr int kPlaces = kThreads / kWidth;
+constexpr int kPlaces = 128;
+constexpr int kSweepThreads = kWidth * kPlaces;
 constexpr Wide kNone = ~Wide{0};
 
 // Edges are numbered: to the right [H, W - 1], then down [H - 1, W].
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(kThreads) read(Problem problem, const int* __r
 // below [B, parts, N]: from the leaves to the root, sums over the pixels below each, as they arrive there; all: from
 // the root to the leaves, sums over all pixels. One block for a part; `all` may be `below`.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sweep(Problem problem, Tree<T> tree, Line<T>* below, Line<T>* all) {
+__global__ void __launch_bounds__(kSweepThreads) sweep(Problem problem, Tree<T> tree, Line<T>* below, Line<T>* all) {
   const long long image = blockIdx.x / problem.parts;
   const int n = problem.pixels;
   const int* __restrict__ parent = tree.parent + image * n;

@@ -108,8 +108,8 @@ void sweep_values(Launch&& launch, const Problem& problem, const Fields<T>& fiel
          fields.tree.place, fields.tree.parent, fields.tree.start);
   launch(grid_of(problem, problem.batch * problem.parts), threads, read<T>, problem, fields.tree.place, values,
          values_at, fields.below_v);
-  launch(dim3(static_cast<unsigned>(problem.batch * problem.parts)), threads, sweep<T>, problem, fields.tree,
-         fields.below_v, fields.all_v);
+  launch(dim3(static_cast<unsigned>(problem.batch * problem.parts)), dim3(kSweepThreads), sweep<T>, problem,
+         fields.tree, fields.below_v, fields.all_v);
 }
 
 // values [B, C, N], order and parent [B, N] as of `grow_trees` -> out [B, C, N] contiguous.
@@ -130,8 +130,8 @@ void filter_backward(Launch&& launch, const Problem& problem, const Fields<T>& f
   sweep_values(launch, problem, fields, order, order_at, parent, parent_at, values, values_at);
   launch(pixels, threads, read_gradient<T>, problem, fields.tree.place, gradient, gradient_at, fields.all_v,
          fields.below_g);
-  launch(dim3(static_cast<unsigned>(problem.batch * problem.parts)), threads, sweep<T>, problem, fields.tree,
-         fields.below_g, fields.all_g);
+  launch(dim3(static_cast<unsigned>(problem.batch * problem.parts)), dim3(kSweepThreads), sweep<T>, problem,
+         fields.tree, fields.below_g, fields.all_g);
   launch(grid_of(problem, problem.batch * problem.parts), threads, write<T>, problem, fields.tree.place, fields.all_g,
          false, values_out);
   launch(pixels, threads, decay_gradient<T>, problem, fields.tree, fields.below_v, fields.all_v, fields.below_g,

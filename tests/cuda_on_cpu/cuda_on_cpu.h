@@ -613,7 +613,6 @@ inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(cuda_on_
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline long long __double_as_longlong(double x) { return cuda_on_cpu::from_bits<long long>(cuda_on_cpu::bits(x)); }
-inline unsigned __float_as_uint(float x) { return cuda_on_cpu::from_bits<unsigned>(cuda_on_cpu::bits(x)); }
 inline double __longlong_as_double(long long x) { return cuda_on_cpu::from_bits<double>(cuda_on_cpu::bits(x)); }
 using std::max;
 using std::min;

@@ -214,10 +214,10 @@ def test_equals_the_reference(
     assert_same(shuffled, found)
 
 
-@pytest.mark.parametrize("levels", [1, 2**20], ids=["comb", "random"])
-def test_levels_wider_than_a_step(levels: int) -> None:
-    """70 x 70: several blocks of pixels, and levels of up to 70 places where a block takes 64 at a time."""
-    inputs = problem(1, 5, 70, 70, torch.float64, 2, levels)
+@pytest.mark.parametrize(("side", "levels"), [(132, 1), (70, 2**20)], ids=["comb", "random"])
+def test_levels_wider_than_a_step(side: int, levels: int) -> None:
+    """Several blocks of pixels; in the comb levels of up to 132 places, where a block takes 128 at a time."""
+    inputs = problem(1, 3, side, side, torch.float64, 2, levels)
     found = (*run(*inputs[:4], seed=3), *run(*inputs, seed=4))
     for name, ours, theirs in zip(("filtered", "of values", "of decay"), found, expected(*inputs), strict=True):
         assert_matches(name, ours, theirs, atol=1e-12, rtol=1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cc4s_kernels as ck
 from cc4s_kernels import backends
-from tests.ops.tester import Inputs, OpTester, Result, assert_matches, backend_params, eps, generator, randn
+from tests.ops.tester import Inputs, OpTester, Result, assert_matches, backend_params, eps, generator, gpu_params, randn
 
 CHANNELS = 3
 every_backend = pytest.mark.parametrize(("backend", "device"), backend_params("tree_filter"))
@@ -159,6 +159,18 @@ def test_both_trees_have_the_same_edges(height: int, width: int, levels: int, se
     for order, parent, _ in (found, expected):
         assert torch.equal(order.sort(1).values, torch.arange(height * width).expand(2, -1))
         assert bool((parent[:, 1:] < torch.arange(1, height * width)).all())
+
+
+@needs_extension
+@pytest.mark.parametrize(("backend", "device"), gpu_params("tree_filter"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trees_of_a_gpu_are_those_of_the_cpu(backend: str, device: str, dtype: torch.dtype) -> None:
+    for height, width, levels in ((1, 1, 1), (1, 500, 3), (300, 1, 2**20), (258, 258, 1), (120, 333, 2**20)):
+        edges = height * (width - 1) + (height - 1) * width
+        weight = torch.randint(0, levels, (3, edges), generator=generator(0)).to(dtype)
+        found = torch.ops.cc4s_kernels.tree_filter_trees(weight.to(device), height, width)
+        expected = torch.ops.cc4s_kernels.tree_filter_trees(weight, height, width)
+        assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @needs_extension
