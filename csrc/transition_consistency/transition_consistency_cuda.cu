@@ -12,8 +12,8 @@
 #include "common/rows_of.h"
 #include "transition_consistency/transition_consistency_launch.h"
 
-#if defined(__CUDACC__) && __has_include("transition_consistency/transition_consistency_sm90.cuh")
-#define CC4S_SM90
+// The wgmma kernels are not compiled at run time.
+#ifdef __CUDACC__
 #include "transition_consistency/transition_consistency_sm90.h"
 #endif
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergences(const Tensor& q, 
         problem_of<T>(q, k, q_target, k_target, mask, scale), kl.mutable_data_ptr<float>(),
         diagonal.mutable_data_ptr<float>(), diagonal_target.mutable_data_ptr<float>(),
         lse2.mutable_data_ptr<float>(), lse2_target.mutable_data_ptr<float>()};
-#ifdef CC4S_SM90
+#ifdef __CUDACC__
     if (launch.is_sm90() && transition_consistency::sm90::can_run_divergences(all)) {
       transition_consistency::sm90::run_divergences(all, launch.stream());
       return;
@@ -83,12 +83,6 @@ void scores(const Tensor& q, const Tensor& k, const Tensor& q_target, const Tens
                                                 unit.const_data_ptr<float>(),
                                                 rows_of<T>(q_grad, q, "q_grad"),
                                                 rows_of<T>(k_grad, q, "k_grad")};
-#ifdef CC4S_SM90
-    if (launch.is_sm90() && transition_consistency::sm90::can_run_scores(all)) {
-      transition_consistency::sm90::run_scores(all, launch.stream());
-      return;
-    }
-#endif
     transition_consistency::run_scores(launch, all);
   });
 }
