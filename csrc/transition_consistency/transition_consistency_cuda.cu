@@ -83,6 +83,12 @@ void scores(const Tensor& q, const Tensor& k, const Tensor& q_target, const Tens
                                                 unit.const_data_ptr<float>(),
                                                 rows_of<T>(q_grad, q, "q_grad"),
                                                 rows_of<T>(k_grad, q, "k_grad")};
+#ifdef __CUDACC__
+    if (launch.is_sm90() && transition_consistency::sm90::can_run_scores(all)) {
+      transition_consistency::sm90::run_scores(all, launch.stream());
+      return;
+    }
+#endif
     transition_consistency::run_scores(launch, all);
   });
 }

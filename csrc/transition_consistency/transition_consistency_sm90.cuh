@@ -248,4 +248,139 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
 }
 
+// ---- gradients of Q and K
+
+// 128 rows of the gradient of q (by_query) or of k. own in boxes of 128 rows and other in boxes of 64: q and k, or k and q.
+template <class T, int key, bool by_query>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    scores(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap other,
+           const __grid_constant__ TensorMap own_target, const __grid_constant__ TensorMap other_target,
+           const Scores<T> all) {
+  const Memory<key> memory(shared_memory());
+  const Problem<T>& problem = all.problem;
+  const int n = problem.n, blocks = (n + kOwned - 1) / kOwned, tiles = (n + kTile - 1) / kTile;
+  const int first = static_cast<int>(blockIdx.x) % blocks * kOwned, batch = static_cast<int>(blockIdx.x) / blocks;
+  const long long start = static_cast<long long>(batch) * n;
+  const bool* const mask = problem.mask == nullptr ? nullptr : problem.mask + start;
+  const int warp = warp_of_block();
+  memory.set_up();
+
+  // Of a query: lse2, lse2_target, kl_grad, trace_grad.
+  const auto read = [&](float* to, int position) {
+    to[0] = all.lse2[start + position];
+    to[1] = all.lse2_target[start + position];
+    to[2] = all.kl_grad[start + position];
+    to[3] = all.trace_grad[start + position];
+  };
+  if (warp < 4) {
+    give_registers<kProducerRegisters>();
+    if (warp == 0) {
+      copies<key, by_query ? 0 : 4>(memory, own, other, own_target, other_target, mask, n, first, batch, read);
+    }
+    return;
+  }
+  take_registers<kConsumerRegisters>();
+  const int group = warp / 4 - 1, lane = static_cast<int>(threadIdx.x % 32);
+  const int row = first + group * 64 + warp % 4 * 16 + lane / 4;
+  float numbers[2][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (by_query && is_valid(mask, row + 8 * half, n)) read(numbers[half], row + 8 * half);
+  }
+  float sums[key / 2], s[32], target[32];
+  unsigned gradient[4][4];
+#pragma unroll
+  for (int i = 0; i < key / 2; ++i) sums[i] = 0.0f;
+
+  // Products s and target become the gradient of the scores, in s.
+  const auto differentiate = [&](int stage) {
+    const float* const other_numbers = memory.numbers(stage) + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float column[4][2] = {};
+      if (!by_query) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 both = *reinterpret_cast<const float2*>(other_numbers + k * kTile + 8 * j);
+          column[k][0] = both.x;
+          column[k][1] = both.y;
+        }
+      }
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        float query[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) query[k] = by_query ? numbers[i / 2 % 2][k] : column[k][i % 2];
+        const float p = exp2_shared<kScoresShare>(fmaf(s[i], problem.factor, -query[0]), i);
+        const float p_target = exp2_shared<kScoresShare>(fmaf(target[i], problem.factor, -query[1]), i);
+        s[i] = fmaf(query[2], p - p_target, -query[3] * p);
+      }
+    }
+    // What is no state may hold anything.
+    keep_bits(s, memory.bits[stage], 0.0f);
+  };
+
+  // As in `walk`: group 0 issues its products first, then the groups take turns, so that one computes exponentials while
+  // the other's products run; and each its own while the last tile is added to its sums.
+  const int my_turn = kTurnBarrier + group, other_turn = kTurnBarrier + 1 - group;
+  if (group == 1) named_arrive(other_turn, 2 * kWarpgroup);
+  wait(memory.own_full, 0);
+  Place now, before;
+  wait(memory.full, 0);
+  clear_rows(memory.other(0, 0), key / kSlab, memory.bits[0], group);
+  named_sync(my_turn, 2 * kWarpgroup);
+  fence(s, target);
+  multiply_both<T, key>(s, target, memory, group * 64, 0);
+  commit();
+  if (group == 0 || tiles > 1) named_arrive(other_turn, 2 * kWarpgroup);
+  wait_products<0>(s, target);
+  differentiate(0);
+  operands<T>(gradient, s);
+  now.next(Memory<key>::kStages);
+  for (int tile = 1; tile < tiles; ++tile) {
+    wait(memory.full + now.stage, now.parity);
+    clear_rows(memory.other(now.stage, 0), key / kSlab, memory.bits[now.stage], group);
+    named_sync(my_turn, 2 * kWarpgroup);
+    fence(s, target, sums);
+    multiply_both<T, key>(s, target, memory, group * 64, now.stage);
+    commit();
+    multiply_weights<T>(sums, gradient, memory.other(before.stage, 0));
+    commit();
+    if (group == 0 || tile + 1 < tiles) named_arrive(other_turn, 2 * kWarpgroup);
+    wait_products<1>(s, target);
+    differentiate(now.stage);
+    wait_products<0>(sums);
+    release(memory.empty + before.stage);
+    operands<T>(gradient, s);
+    before = now;
+    now.next(Memory<key>::kStages);
+  }
+  fence(sums);
+  multiply_weights<T>(sums, gradient, memory.other(before.stage, 0));
+  commit();
+  wait_products<0>(sums);
+
+  const Rows<T> out = (by_query ? all.q_grad : all.k_grad).entry(batch);
+  const Rows<const T> diagonal = (by_query ? problem.k : problem.q).entry(batch);
+  const float unit = all.scale * *all.unit;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int position = row + 8 * half;
+    const bool valid = is_valid(mask, position, n);
+    // trace_grad on the diagonal, as the tiles round it: with one key both cancel.
+    const float trace = valid ? all.trace_grad[start + position] : 0.0f;
+    const float rounded = widen(T{static_cast<unsigned short>(pack<T>(trace, 0.0f))});
+    const T* const same = diagonal.at + position * diagonal.row;
+#pragma unroll
+    for (int i = 2 * half; i < key / 2; i += 4) {
+      const int column = i / 4 * 8 + lane % 4 * 2;
+      float low = 0.0f, high = 0.0f;
+      if (valid && column < out.width) unpack<T>(*reinterpret_cast<const unsigned*>(same + column), low, high);
+      sums[i] = valid ? unit * fmaf(rounded, low, sums[i]) : 0.0f;
+      sums[i + 1] = valid ? unit * fmaf(rounded, high, sums[i + 1]) : 0.0f;
+    }
+    store_row(position < n ? out.at + position * out.row : nullptr, sums, half, out.width);
+  }
+}
+
 }  // namespace transition_consistency::sm90

@@ -9,15 +9,25 @@ template <class T>
 bool can_run_divergences(const Divergences<T>& all) {
   return takes(all.problem);
 }
+template <class T>
+bool can_run_scores(const Scores<T>& all) {
+  return takes(all.problem);
+}
 
 template <class T>
 void run_divergences(const Divergences<T>& all, cudaStream_t stream) {
   run_rows(HopperLauncher(stream), all);
 }
+template <class T>
+void run_scores(const Scores<T>& all, cudaStream_t stream) {
+  run_gradients(HopperLauncher(stream), all);
+}
 
-#define CC4S_INSTANCES(T)                                   \
-  template bool can_run_divergences(const Divergences<T>&); \
-  template void run_divergences(const Divergences<T>&, cudaStream_t);
+#define CC4S_INSTANCES(T)                                             \
+  template bool can_run_divergences(const Divergences<T>&);           \
+  template bool can_run_scores(const Scores<T>&);                     \
+  template void run_divergences(const Divergences<T>&, cudaStream_t); \
+  template void run_scores(const Scores<T>&, cudaStream_t);
 CC4S_INSTANCES(BFloat16)
 CC4S_INSTANCES(Half)
 #undef CC4S_INSTANCES

@@ -38,4 +38,19 @@ void run_rows(Launch&& launch, const Divergences<T>& all) {
   }
 }
 
+template <class T, int key, class Launch>
+void run_gradients(Launch&& launch, const Scores<T>& all) {
+  run<key, true>(launch, all.problem, scores<T, key, true>, all);
+  run<key, false>(launch, all.problem, scores<T, key, false>, all);
+}
+
+template <class T, class Launch>
+void run_gradients(Launch&& launch, const Scores<T>& all) {
+  if (all.problem.q.width > 64) {
+    run_gradients<T, 128>(launch, all);
+  } else {
+    run_gradients<T, 64>(launch, all);
+  }
+}
+
 }  // namespace transition_consistency::sm90

@@ -16,4 +16,12 @@ void divergences(const void* arguments, int type, unsigned seed) {
   };
   type == 0 ? run(BFloat16{}) : run(Half{});
 }
+
+void scores(const void* arguments, int type, unsigned seed) {
+  const auto run = [&](auto t) {
+    transition_consistency::sm90::run_gradients(
+        cuda_on_cpu::HopperLauncher(seed), *static_cast<const transition_consistency::Scores<decltype(t)>*>(arguments));
+  };
+  type == 0 ? run(BFloat16{}) : run(Half{});
+}
 }
