@@ -200,6 +200,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     // The same in both: gaps of 0.
     keep_bits(s, bits, kHidden);
     keep_bits(target, bits, kHidden);
+    sums.add(s, target, problem.factor);
+    // Afterwards: the branch keeps ptxas from moving exponentials behind the wait for the next products.
     if (tile == own_tile) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -208,7 +210,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         diagonal_target[i / 2 % 2] = target[i];
       }
     }
-    sums.add(s, target, problem.factor);
   };
   float s[32], target[32], s_next[32], target_next[32];
   wait(memory.own_full, 0);
