@@ -12,9 +12,9 @@ using namespace hopper;
 using mma_sm80::exp2_shared;
 using mma_sm80::kHidden;
 
-// One exponential in so many is a polynomial: 10 instructions on 128 lanes for one on 16. Issue slots and exponentials of
-// a pair then take about the same time, with 8 other instructions in the forward kernel and 5 to 7 in the gradients.
-constexpr int kDivergenceShare = 6, kScoresShare = 4;
+// One exponential in so many is a polynomial: 10 instructions for one that occupies its unit for 8 cycles of a scheduler.
+// With 8 of a thread's 64, both take about the same time; docs count the instructions.
+constexpr int kShare = 8;
 // Of scores in units of log 2, before a key was seen: above that of a hidden key, below all others.
 constexpr float kUnseen = -1e20f, kLeastFactor = 1e-6f;
 
@@ -142,9 +142,8 @@ struct Divergence {
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
         for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; ++i) {
-          const float weight = exp2_shared<kDivergenceShare>(fmaf(s[i], factor, -shift[half]), i);
-          const float weight_target =
-              exp2_shared<kDivergenceShare>(fmaf(target[i], factor, -shift_target[half]), i);
+          const float weight = exp2_shared<kShare>(fmaf(s[i], factor, -shift[half]), i);
+          const float weight_target = exp2_shared<kShare>(fmaf(target[i], factor, -shift_target[half]), i);
           total[half] += weight;
           total_target[half] += weight_target;
           excess[half] = fmaf(weight_target, target[i] - s[i], excess[half]);
@@ -312,8 +311,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         float query[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) query[k] = by_query ? numbers[i / 2 % 2][k] : column[k][i % 2];
-        const float p = exp2_shared<kScoresShare>(fmaf(s[i], problem.factor, -query[0]), i);
-        const float p_target = exp2_shared<kScoresShare>(fmaf(target[i], problem.factor, -query[1]), i);
+        const float p = exp2_shared<kShare>(fmaf(s[i], problem.factor, -query[0]), i);
+        const float p_target = exp2_shared<kShare>(fmaf(target[i], problem.factor, -query[1]), i);
         s[i] = fmaf(query[2], p - p_target, -query[3] * p);
       }
     }
