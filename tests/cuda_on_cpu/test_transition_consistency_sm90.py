@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.cuda_on_cpu.build import library
 from tests.cuda_on_cpu.pairwise import DTYPES
-from tests.cuda_on_cpu.test_transition_consistency import NAMES, KernelsOnCpu, assert_defined, inputs, run
+from tests.cuda_on_cpu.test_transition_consistency import (
+    NAMES,
+    VECTORS,
+    Divergences,
+    KernelsOnCpu,
+    assert_defined,
+    inputs,
+    run,
+)
 
 
 class HopperOnCpu(KernelsOnCpu):
@@ -67,6 +77,31 @@ def test_peaks_that_grow() -> None:
     for turned in (factors, factors.flip(0)):
         given = (sides[0], sides[1] * turned, sides[2], sides[3] * turned), grads, mask
         assert_defined(given, run(*given, HopperOnCpu(3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "taken"),
+    [
+        ((2, 9, 128), 1.0, True),
+        ((2, 9, 136), 1.0, False),
+        ((2, 9, 64), 0.0, False),
+        ((2, 9, 64), -1.0, False),
+        ((2, 9, 64), 1e-7, False),  # hidden scores would not be far below the others
+    ],
+)
+def test_which_calls_run_here(shape: tuple[int, int, int], scale: float, taken: bool) -> None:
+    assert takes((torch.zeros(shape, dtype=torch.bfloat16),) * 4, scale) == taken
+
+
+def test_expanded_tensors_run_elsewhere() -> None:
+    """A stride of 0 is none that TMA reads."""
+    x = torch.zeros(2, 9, 64, dtype=torch.bfloat16)
+    assert not takes((x, x, x, x[:1].expand(2, 9, 64)), 1.0)
+
+
+def takes(sides: tuple[Tensor, ...], scale: float) -> bool:
+    arguments = Divergences(HopperOnCpu.problem(sides, None, scale), *[None] * len(VECTORS))
+    return bool(library(HopperOnCpu.library).takes(ctypes.byref(arguments)))
 
 
 @functools.cache

@@ -24,4 +24,10 @@ void scores(const void* arguments, int type, unsigned seed) {
   };
   type == 0 ? run(BFloat16{}) : run(Half{});
 }
+
+// Of Divergences.
+int takes(const void* arguments) {
+  const auto& all = *static_cast<const transition_consistency::Divergences<BFloat16>*>(arguments);
+  return transition_consistency::sm90::takes(all.problem);
+}
 }
