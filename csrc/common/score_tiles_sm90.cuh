@@ -102,21 +102,22 @@ __device__ __forceinline__ void clear_rows(char* tile, int slabs, unsigned long 
 
 // The online softmax of the two rows of a thread; a total is the thread's share of the row's.
 struct Softmax {
-  float peak[2] = {-infinity(), -infinity()};  // of products, without `factor`
+  float peak[2] = {-infinity(), -infinity()};  // of products times `factor`, rounded
   float total[2] = {0.0f, 0.0f};
 
   // Products s become weights exp2(factor s - new peak); decay: the factor for what was summed before.
   __device__ __forceinline__ void take(float (&s)[32], float factor, float (&decay)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = peak[half];
+      float most = -infinity();
 #pragma unroll
       for (int j = 0; j < 8; ++j) most = fmaxf(most, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
-      most = row_max(most);
+      // A difference of rounded numbers: where the peak stands still, decay is exactly 1.
+      const float next = fmaxf(peak[half], row_max(most) * factor);
       // A row without a valid key so far: -inf - -inf would be NaN.
-      const float shift = most == -infinity() ? 0.0f : most * factor;
-      decay[half] = exp2_of(peak[half] * factor - shift);
-      peak[half] = most;
+      const float shift = next == -infinity() ? 0.0f : next;
+      decay[half] = exp2_of(peak[half] - shift);
+      peak[half] = next;
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       const float total = row_sum(softmax.total[half]);
       share = problem.keep / (valid ? total : 1.0f);
       if (row < n && column == 0 && lane % 4 == 0) {
-        lse2[row] = valid ? softmax.peak[half] * problem.factor + log2_of(total) : 0.0f;
+        lse2[row] = valid ? softmax.peak[half] + log2_of(total) : 0.0f;
       }
     }
 #pragma unroll
