@@ -49,7 +49,7 @@ def test_transforms_of_pixels_and_cells_agree(kind: str, shrink: int) -> None:
     config = ConsistencyConfig(transforms=[kind], crop_shares=[0.5, 0.7, 0.9])
     sizes = set()
     for seed in range(30):
-        transform = draw(config, side, shrink, random.Random(seed))
+        transform = draw(config, side, pitch, random.Random(seed))
         of_image = transform.cells.of_image(image[..., ::pitch, ::pitch].reshape(1, -1, 1), "q")
         moved = transform.pixels(image)
         sizes.add(moved.shape[1:])
@@ -64,7 +64,7 @@ def test_released_bands_are_49_of_59_rows_at_either_end() -> None:
     image = torch.arange(465).reshape(1, 465, 1).expand(1, 465, 465)
     found = {
         (int(t[0, 0, 0]), int(t[0, -1, 0]), t.shape[2])
-        for t in (draw(config, 465, 1, random.Random(seed)).pixels(image) for seed in range(20))
+        for t in (draw(config, 465, 8, random.Random(seed)).pixels(image) for seed in range(20))
     }
     assert found == {(0, 384, 465), (80, 464, 465)}
 
@@ -114,7 +114,7 @@ def test_consistency_is_zero_for_a_network_that_sees_no_difference() -> None:
     loss = StageLoss(config, stage, 3)
     batch = small_batch()
     batch["label"] = torch.full_like(batch["label"], 255)
-    transform = draw(config.loss.consistency, CROP, 1, random.Random(0))
+    transform = draw(config.loss.consistency, CROP, 8, random.Random(0))
     terms = loss(Pointwise(), batch, transform, loss.global_counts([batch], [transform]))
     # A few float32 roundings of scores of size 1.
     assert abs(float(terms["consistency_kl"])) < 1e-5
@@ -128,7 +128,7 @@ def test_target_pass_leaves_batch_statistics_alone() -> None:
         torch.manual_seed(0)
         network = build_model(config.model, num_classes=CLASSES, in_channels=3).train()
         loss = StageLoss(config, config.stages[1], CLASSES)
-        transform = draw(config.loss.consistency, CROP, 1, random.Random(0))
+        transform = draw(config.loss.consistency, CROP, 8, random.Random(0))
         loss(network, batch, transform, loss.global_counts([batch], [transform]))
         counted = {int(value) for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
         assert counted == {2 if update else 1}

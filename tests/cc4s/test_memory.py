@@ -41,7 +41,7 @@ batch = {
     "valid": torch.ones(1, crop, crop, dtype=torch.bool),
     "superpixels": torch.zeros(1, crop, crop, dtype=torch.int32),
 }
-transform = draw(config.loss.consistency, crop, 1, random.Random(1))
+transform = draw(config.loss.consistency, crop, 8, random.Random(1))
 found = {}
 def step():
     with Largest() as seen:
