@@ -90,7 +90,10 @@ def availability(op: str) -> dict[str, str]:
     """For each backend "available", or the reason why it is not."""
     if op not in backends.ops():
         return {name: "the op is not registered" for name in backends.BACKENDS}
-    return {name: backends._refusal(op, name, (), {}) or "available" for name in backends.BACKENDS}
+    return {
+        name: backends._refusal(op, name, (), {}) or backends._unverified(op, name, ()) or "available"
+        for name in backends.BACKENDS
+    }
 
 
 def report() -> str:

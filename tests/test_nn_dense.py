@@ -42,7 +42,9 @@ def dense_matrix(image: Tensor, mask: Tensor, sigma_xy: float, sigma_rgb: float,
     return k
 
 
-def naive(logits: Tensor, image: Tensor, mask: Tensor, name: str, include_self: bool = True, **sigmas: float) -> Tensor:
+def naive(
+    logits: Tensor, image: Tensor, mask: Tensor, name: str, include_self: bool = False, **sigmas: float
+) -> Tensor:
     """Losses per image from dense matrices, at full size."""
     found = []
     for x, picture, valid in zip(logits.double(), image, mask, strict=True):
@@ -93,6 +95,18 @@ def test_kernel_cut_is_the_weighted_sum() -> None:
     parts = [LOSSES[name](4.0, 30.0, 1.0)(logits, image, mask) for name in ("normalized_cut", "dense_crf")]
     both = ck.nn.KernelCutLoss(4.0, 30.0, 1.0, normalized_cut=0.5, dense_crf=2.0)(logits, image, mask)
     torch.testing.assert_close(both, 0.5 * parts[0] + 2 * parts[1])
+
+
+@pytest.mark.parametrize("confidence", [90.0, 97.0, 102.0, 110.0])
+def test_a_class_that_is_nearly_nowhere_has_a_finite_gradient(confidence: float) -> None:
+    """Its probabilities are subnormal numbers or 0."""
+    label = torch.randint(0, 2, (1, 16, 16), generator=torch.Generator().manual_seed(0))
+    logits = (confidence * F.one_hot(label, 3).permute(0, 3, 1, 2).float()).requires_grad_()
+    image = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    loss = ck.nn.NormalizedCutLoss()(logits, image)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert bool(torch.isfinite(loss))
+    assert bool(torch.isfinite(gradient).all())
 
 
 def test_a_cut_between_two_colours_is_small() -> None:

@@ -119,3 +119,17 @@ def test_errors() -> None:
         ck.nn.RandomWalkerLoss()(logits, labels, torch.zeros(2, 3, 9, 8))
     with pytest.raises(ValueError, match=r"target: got shape .*the batch and classes of logits"):
         ck.nn.CollisionCrossEntropyLoss()(logits, torch.zeros(2, 4, 9, 9))
+    logits, labels, colors = torch.zeros(2, 3, 8, 8), torch.full((2, 8, 8), 255), torch.zeros(2, 3, 8, 8)
+    for stride in (1, 4):
+        module = ck.nn.RandomWalkerLoss(stride=stride, reduction="none")
+        with pytest.raises(ValueError, match=r"labels: got shape .*the batch of logits"):
+            module(logits, labels[:1], colors[:1])
+        with pytest.raises(ValueError, match=r"image: got shape .*the pixels of labels"):
+            module(logits, labels, colors[..., 1:])
+        with pytest.raises(TypeError, match=r"image: got .*torch\.int32"):
+            module(logits, labels, colors.int())
+        with pytest.raises(ValueError, match="labels: got classes from 7 to 7, expected 0 to 2"):
+            module(logits, labels.index_fill(1, torch.tensor([3]), 7), colors)
+    target = torch.full((1, 3, 4, 4), 1 / 3)
+    target[0, 0, 0, 0] = torch.nan
+    assert ck.nn.CollisionCrossEntropyLoss()(torch.zeros(1, 3, 4, 4), target).isnan()

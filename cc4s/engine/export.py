@@ -48,8 +48,8 @@ class Probabilities(nn.Module):
 def export(trained: Trained, form: str, out: Path) -> None:
     """Writes a segmenter to `out`, with its class names.
 
-    The program takes "image" (B, channels, H, W) float32 in [0, 1], any batch and any size from 33 pixels a side
-    on, and gives "probabilities" (B, C, H, W). The random walk is standard operators, with its N x N matrix: for
+    The program takes "image" (B, channels, H, W) float32 in [0, 1], any batch up to 1024 and sides of 33 to 8192
+    pixels, and gives "probabilities" (B, C, H, W). The random walk is standard operators, with its N x N matrix: for
     large images cut windows, as `cc4s predict` does.
 
     Args:

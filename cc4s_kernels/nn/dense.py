@@ -63,7 +63,7 @@ class _DenseLoss(BatchLoss):
         sigma_rgb: float = 15.0,
         scale: float = 0.5,
         *,
-        include_self: bool = True,
+        include_self: bool = False,
         align_corners: bool = True,
         reduction: str = "mean",
         normalizer: Normalizer = None,
@@ -156,8 +156,9 @@ def _crf_energy(valid: Tensor, forms: Tensor) -> Tensor:
 
 
 def _cut_energy(forms: Tensor, degrees: Tensor) -> Tensor:
-    # S' K 1 - S' K S over S' d; a class that is nowhere has no cut.
-    return divide(degrees - forms, degrees).sum(1)
+    # S' K 1 - S' K S over S' d; a class that is nowhere has no cut. Subnormal numbers are nowhere too: 1 / d would be
+    # infinite in the gradient.
+    return divide(degrees - forms, degrees.where(degrees > 1e-30, 0)).sum(1)
 
 
 class DenseCRFLoss(_DenseLoss):
@@ -168,7 +169,7 @@ class DenseCRFLoss(_DenseLoss):
         sigma_rgb: standard deviation of colours in levels 0..255.
         scale: in (0, 1]; probabilities (bilinear) and image and mask (nearest) are reduced to that share of the
             image's size.
-        include_self: whether the pair of a pixel with itself counts, as in the released code.
+        include_self: whether the pair of a pixel with itself counts, as it does in the lattice of the released code.
         align_corners: of the upsampling of the logits to the image.
         reduction, normalizer: see `cc4s_kernels.nn.losses`; counts images.
 
@@ -213,7 +214,7 @@ class KernelCutLoss(_DenseLoss):
         *,
         normalized_cut: float = 1.0,
         dense_crf: float = 1.0,
-        include_self: bool = True,
+        include_self: bool = False,
         align_corners: bool = True,
         reduction: str = "mean",
         normalizer: Normalizer = None,

@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
-from cc4s_kernels._validation import INTEGER_DTYPES, check_number, check_shape, check_tensor
+from cc4s_kernels._validation import (
+    INTEGER_DTYPES,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    may_read_values,
+    value_range,
+)
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
 from cc4s_kernels.nn.losses import check_mask, upsampled_probabilities
 from cc4s_kernels.ops.potts.reference import negative_log
@@ -64,7 +72,8 @@ class CollisionCrossEntropyLoss(BatchLoss):
     @staticmethod
     def _counted(target: Tensor, mask: Tensor | None) -> Tensor:
         check_mask(mask, (target.shape[0], *target.shape[2:]), target.device)
-        labelled = target.sum(1) > 0
+        # A NaN is no missing label: the loss shows it.
+        labelled = target.sum(1) != 0
         return labelled if mask is None else labelled & mask
 
     def count(self, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -124,6 +133,20 @@ class RandomWalkerLoss(BatchLoss):
 
     def propagate(self, image: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
         """The soft labels (B, C, ceil(H / stride), ceil(W / stride)) of `forward`; all 0 = none."""
+        check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
+        check_tensor("image", image, dims="(B, any, H, W)", device=labels.device)
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"image: got {describe(image)}, expected torch.uint8 or a floating dtype")
+        batch, height, width = labels.shape
+        check_shape("image", image, (batch, image.shape[1], height, width), "the pixels of labels")
+        check_mask(mask, labels.shape, labels.device)
+        if labels.numel() and may_read_values(labels):
+            low, high = value_range(labels, skip=self.ignore_index)
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"labels: got classes from {low:.0f} to {high:.0f}, expected 0 to {num_classes - 1}, or"
+                    f" {self.ignore_index} for none"
+                )
         if self.stride > 1:
             image, labels, mask = _cells(image, labels, mask, self.stride, self.ignore_index)
         return random_walker(image, labels, num_classes, beta=self.beta, mask=mask, ignore_index=self.ignore_index)
@@ -154,9 +177,8 @@ class RandomWalkerLoss(BatchLoss):
         """
         normalizer = self._given_or_own(normalizer)
         check_tensor("logits", logits, dims="(B, C, h, w)", floating=True)
-        check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        check_tensor("image", image, dims="(B, any, H, W)")
-        check_mask(mask, labels.shape, labels.device)
+        check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES, device=logits.device)
+        check_shape("labels", labels, (logits.shape[0], *labels.shape[1:]), "the batch of logits")
         dtype = accumulation_dtype(logits.dtype)
         target = self.propagate(image, labels, logits.shape[1], mask).to(dtype)
         with without_autocast(logits.device):

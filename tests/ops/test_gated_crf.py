@@ -328,6 +328,8 @@ def test_errors() -> None:
         (ValueError, r"prob: got .* \(B, C, H, W\)", lambda: ck.gated_crf(prob[0], image)),
         (ValueError, "image: got .*the pixels of prob", lambda: ck.gated_crf(prob, image[..., 1:])),
         (TypeError, "image: got .* torch.uint8", lambda: ck.gated_crf(prob, image.int())),
+        (ValueError, r"image: got values from .* \[0, 1\]", lambda: ck.gated_crf(prob, torch.full_like(image, 1.5))),
+        (ValueError, r"image: got values from nan", lambda: ck.gated_crf(prob, torch.full_like(image, float("nan")))),
         (ValueError, "radius: got 0", lambda: ck.gated_crf(prob, image, radius=0)),
         (TypeError, "radius: got float", lambda: ck.gated_crf(prob, image, radius=2.0)),  # type: ignore[arg-type]
         (ValueError, "sigma_xy: got 0, expected a value greater", lambda: ck.gated_crf(prob, image, sigma_xy=0)),
