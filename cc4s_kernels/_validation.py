@@ -81,6 +81,24 @@ def check_number(
         raise ValueError(f"{name}: got {value!r}, expected a finite value in [{low}, {high}]")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Checks a finite number option greater than 0.
+
+    Raises:
+        TypeError: not a number. ValueError: not finite, or not greater than 0.
+    """
+    check_number(name, value, low=0)
+    if value == 0:
+        raise ValueError(f"{name}: got 0, expected a value greater than 0")
+
+
+def check_pixel_mask(mask: Any, size: Sequence[int], device: torch.device) -> None:
+    """None or bool (B, H, W) of shape `size`."""
+    if mask is not None:
+        check_tensor("mask", mask, dims="(B, H, W)", dtypes=(torch.bool,), device=device)
+        check_shape("mask", mask, size, "one value for each pixel")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
@@ -121,3 +139,12 @@ def value_range(tensor: Tensor, *, skip: int | None = None) -> tuple[float, floa
         return 0, -1
     low, high = torch.aminmax(kept)
     return low.item(), high.item()
+
+
+def check_colors(image: Tensor, mask: Tensor | None = None) -> None:
+    """Raises ValueError where a floating `image` (B, c, H, W) leaves [0, 1] inside `mask` (B, H, W)."""
+    if image.is_floating_point() and image.numel() and may_read_values(image):
+        low, high = value_range(image if mask is None else image.masked_fill(~mask[:, None], 0.0))
+        # A NaN anywhere makes the comparison false.
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"image: got values from {low} to {high}, expected [0, 1], before normalisation")

@@ -24,8 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from cc4s_kernels import backends
 from cc4s_kernels._precision import accumulation_dtype, cast_for_autocast, without_autocast
-from cc4s_kernels._validation import check_number
-from cc4s_kernels.ops.random_walk.checks import check_mask, check_queries_and_keys, check_values
+from cc4s_kernels.ops.random_walk.checks import check_walk
 from cc4s_kernels.ops.random_walk.reference import zero_invalid
 from cc4s_kernels.ops.transition_consistency import TransitionConsistency
 from cc4s_kernels.ops.transition_consistency import check_arguments as check_consistency
@@ -100,12 +99,7 @@ def random_walk(
             or options do not agree.
         RuntimeError: torch.distributed is not initialised, or this process is not in `group`.
     """
-    check_queries_and_keys(q, k)
-    check_values(q, v)
-    check_mask(q, mask)
-    check_number("scale", scale)
-    check_number("steps", steps, low=1, integer=True)
-    check_number("restart", restart, low=0.0, high=1.0)
+    check_walk(q, k, v, mask, scale, steps, restart)
     q, k, v = cast_for_autocast(q, k, v)
     dtype = v.dtype
     ring = _enter_ring(group, "random_walk", (q, k, v), mask, (scale, steps, restart, return_lse))

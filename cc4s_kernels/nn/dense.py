@@ -20,9 +20,9 @@ from torch.nn.functional import interpolate
 
 from cc4s_kernels import _library
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe
+from cc4s_kernels._validation import check_number, check_pixel_mask, check_positive, check_shape, check_tensor, describe
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
-from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image, check_mask, check_sigma
+from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image
 
 # S (B, C, H, W) and K S -> S_k' K S_k (B, C). Its gradient 2 K S is at hand: no second filter. The backward op takes
 # S only to refuse its own gradient, which would need one.
@@ -69,8 +69,8 @@ class _DenseLoss(BatchLoss):
         normalizer: Normalizer = None,
     ) -> None:
         super().__init__(reduction, normalizer)
-        check_sigma("sigma_xy", sigma_xy)
-        check_sigma("sigma_rgb", sigma_rgb)
+        check_positive("sigma_xy", sigma_xy)
+        check_positive("sigma_rgb", sigma_rgb)
         check_number("scale", scale, low=0, high=1)
         if scale == 0:
             raise ValueError("scale: got 0, expected a value in (0, 1]")
@@ -116,7 +116,7 @@ class _DenseLoss(BatchLoss):
         batch, channels, height, width = image.shape
         check_shape("image", image, (logits.shape[0], 1 if channels == 1 else 3, height, width), "the batch of logits")
         image = image.expand(-1, 3, -1, -1)
-        check_mask(mask, (batch, height, width), image.device)
+        check_pixel_mask(mask, (batch, height, width), image.device)
         check_image(image, (batch, 3, height, width), image.device, mask)
         size = [max(1, int(side * self.scale)) for side in (height, width)]
         with without_autocast(logits.device):

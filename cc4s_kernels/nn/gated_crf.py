@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cc4s_kernels._validation import check_number, check_tensor
+from cc4s_kernels._validation import check_number, check_positive, check_tensor
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, reduce
 from cc4s_kernels.nn.losses import upsampled_probabilities
 from cc4s_kernels.ops.gated_crf import MAX_RADIUS, gated_crf
@@ -42,9 +42,7 @@ class GatedCRFLoss(BatchLoss):
         super().__init__(reduction, normalizer)
         check_number("radius", radius, low=1, high=MAX_RADIUS, integer=True)
         for name, sigma in (("sigma_xy", sigma_xy), ("sigma_rgb", sigma_rgb)):
-            check_number(name, sigma, low=0)
-            if sigma == 0:
-                raise ValueError(f"{name}: got 0, expected a value greater than 0")
+            check_positive(name, sigma)
         self.radius = radius
         self.sigma_xy = sigma_xy
         self.sigma_rgb = sigma_rgb

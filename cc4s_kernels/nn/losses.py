@@ -25,11 +25,12 @@ from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels._validation import (
     INTEGER_DTYPES,
     check_choice,
+    check_colors,
     check_number,
+    check_pixel_mask,
     check_shape,
     check_tensor,
     describe,
-    may_read_values,
 )
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, check_reduction, global_count, reduce
 from cc4s_kernels.ops.color_affinity import SuperpixelGraph, color_affinity
@@ -47,12 +48,6 @@ def _class_weight_buffer(value: Tensor | Sequence[float] | None) -> Tensor | Non
     weight = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
     check_tensor("class_weight", weight, dims="(C,)", floating=True)
     return weight.detach().clone()
-
-
-def check_mask(mask: Tensor | None, size: Sequence[int], device: torch.device) -> None:
-    if mask is not None:
-        check_tensor("mask", mask, dims="(B, H, W)", dtypes=(torch.bool,), device=device)
-        check_shape("mask", mask, size, "one value for each pixel")
 
 
 def _ignore_outside(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
@@ -90,11 +85,7 @@ def _rgb(image: Tensor) -> Tensor:
     if image.shape[1] not in (1, 3):
         raise ValueError(f"image: got {describe(image)}, expected 3 channels (RGB) or 1 (grey)")
     if image.is_floating_point():
-        if image.numel() and may_read_values(image):
-            low, high = (float(value) for value in torch.aminmax(image.detach()))
-            # A NaN anywhere makes the comparison false.
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"image: got values from {low} to {high}, expected [0, 1], before normalisation")
+        check_colors(image)
         image = (image.detach() * 255).round().clamp(0, 255).to(torch.uint8)
     elif image.dtype != torch.uint8:
         raise TypeError(f"image: got {describe(image)}, expected uint8 or floating in [0, 1]")
@@ -169,7 +160,7 @@ class PartialCrossEntropyLoss(BatchLoss):
         """
         normalizer = self._given_or_own(normalizer)
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        check_mask(mask, labels.shape, labels.device)
+        check_pixel_mask(mask, labels.shape, labels.device)
         out = upsample_losses(
             logits,
             _ignore_outside(labels, mask, self.ignore_index),
@@ -182,7 +173,7 @@ class PartialCrossEntropyLoss(BatchLoss):
     def count(self, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """What "mean" divides by, for these labels: 0-d float32, local."""
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        check_mask(mask, labels.shape, labels.device)
+        check_pixel_mask(mask, labels.shape, labels.device)
         return _labelled_count(labels, mask, self.ignore_index, self.class_weight)
 
     def extra_repr(self) -> str:
@@ -253,7 +244,7 @@ class SoftEntropyLoss(BatchLoss):
     def _map(weight: Tensor | None, superpixels: Tensor | None, mask: Tensor | None) -> Tensor | None:
         for m in (weight, superpixels):
             if m is not None:
-                check_mask(mask, m.shape, m.device)
+                check_pixel_mask(mask, m.shape, m.device)
         return _entropy_weight(weight, _inside(superpixels, mask), mask)
 
     def count(
@@ -383,7 +374,7 @@ class ColorConstraintLoss(BatchLoss):
         normalizer = self._given_or_own(normalizer)
         image = _rgb(image)
         size = (image.shape[0], *image.shape[2:])
-        check_mask(mask, size, image.device)
+        check_pixel_mask(mask, size, image.device)
         if superpixels is None:
             superpixels = self.regions.segment(image, mask)
         else:
@@ -695,7 +686,7 @@ class ScribbleLoss(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The checked uint8 image, and superpixels (for the colour term always) with -1 outside the mask."""
         check_tensor("labels", labels, dims="(B, H, W)", dtypes=INTEGER_DTYPES)
-        check_mask(mask, labels.shape, labels.device)
+        check_pixel_mask(mask, labels.shape, labels.device)
         if self.color > 0:
             if image is None:
                 raise ValueError(f"image: got None, expected (B, 3, H, W) as color={self.color}")

@@ -10,6 +10,7 @@ from cc4s_kernels._precision import accumulation_dtype, without_autocast
 from cc4s_kernels._validation import (
     INTEGER_DTYPES,
     check_number,
+    check_pixel_mask,
     check_shape,
     check_tensor,
     describe,
@@ -17,7 +18,7 @@ from cc4s_kernels._validation import (
     value_range,
 )
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
-from cc4s_kernels.nn.losses import check_mask, upsampled_probabilities
+from cc4s_kernels.nn.losses import upsampled_probabilities
 from cc4s_kernels.ops.potts.reference import negative_log
 from cc4s_kernels.ops.random_walker import random_walker
 
@@ -71,7 +72,7 @@ class CollisionCrossEntropyLoss(BatchLoss):
 
     @staticmethod
     def _counted(target: Tensor, mask: Tensor | None) -> Tensor:
-        check_mask(mask, (target.shape[0], *target.shape[2:]), target.device)
+        check_pixel_mask(mask, (target.shape[0], *target.shape[2:]), target.device)
         # A NaN is no missing label: the loss shows it.
         labelled = target.sum(1) != 0
         return labelled if mask is None else labelled & mask
@@ -139,7 +140,7 @@ class RandomWalkerLoss(BatchLoss):
             raise TypeError(f"image: got {describe(image)}, expected torch.uint8 or a floating dtype")
         batch, height, width = labels.shape
         check_shape("image", image, (batch, image.shape[1], height, width), "the pixels of labels")
-        check_mask(mask, labels.shape, labels.device)
+        check_pixel_mask(mask, labels.shape, labels.device)
         if labels.numel() and may_read_values(labels):
             low, high = value_range(labels, skip=self.ignore_index)
             if low < 0 or high >= num_classes:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe
+from cc4s_kernels._validation import check_positive, check_shape, check_tensor, describe
 from cc4s_kernels.nn._reduce import BatchLoss, Normalizer, divide, reduce
 from cc4s_kernels.ops.tree_filter import tree_filter
 
@@ -40,9 +40,7 @@ class TreeEnergyLoss(BatchLoss):
         normalizer: Normalizer = None,
     ) -> None:
         super().__init__(reduction, normalizer)
-        check_number("sigma", sigma, low=0)
-        if sigma == 0:
-            raise ValueError("sigma: got 0, expected a value greater than 0")
+        check_positive("sigma", sigma)
         if not isinstance(detach, bool):
             raise TypeError(f"detach: got {describe(detach)}, expected a bool")
         self.sigma = sigma

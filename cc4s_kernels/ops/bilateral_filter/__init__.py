@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import backends
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe, may_read_values, value_range
+from cc4s_kernels._validation import check_colors, check_pixel_mask, check_positive, check_shape, check_tensor, describe
 from cc4s_kernels.ops.bilateral_filter import library  # noqa: F401  registers the backends
 
 __all__ = ["bilateral_filter"]
@@ -51,28 +51,15 @@ def bilateral_filter(
     """
     check_tensor("values", values, dims="(B, C, H, W)", floating=True)
     batch, _, height, width = values.shape
-    check_mask(mask, (batch, height, width), values.device)
+    check_pixel_mask(mask, (batch, height, width), values.device)
     check_image(image, (batch, 3, height, width), values.device, mask)
     for name, sigma in (("sigma_xy", sigma_xy), ("sigma_rgb", sigma_rgb)):
-        check_sigma(name, sigma)
+        check_positive(name, sigma)
     if not isinstance(include_self, bool):
         raise TypeError(f"include_self: got {describe(include_self)}, expected a bool")
     options = {"sigma_xy": sigma_xy, "sigma_rgb": sigma_rgb, "mask": mask, "include_self": include_self}
     filtered: Tensor = backends.select("bilateral_filter", values, image, **options)(values, image, **options)
     return filtered
-
-
-def check_sigma(name: str, value: float) -> None:
-    """Raises TypeError or ValueError unless `value` is a finite number greater than 0."""
-    check_number(name, value, low=0)
-    if value == 0:
-        raise ValueError(f"{name}: got 0, expected a value greater than 0")
-
-
-def check_mask(mask: Tensor | None, size: tuple[int, int, int], device: torch.device) -> None:
-    if mask is not None:
-        check_tensor("mask", mask, dims="(B, H, W)", dtypes=(torch.bool,), device=device)
-        check_shape("mask", mask, size, "one value for each pixel")
 
 
 def check_image(image: Tensor, size: tuple[int, int, int, int], device: torch.device, mask: Tensor | None) -> None:
@@ -82,8 +69,4 @@ def check_image(image: Tensor, size: tuple[int, int, int, int], device: torch.de
         raise TypeError(f"image: got {describe(image)}, expected torch.uint8, or a floating dtype in [0, 1]")
     if image.requires_grad:
         raise ValueError("image: requires a gradient, expected image.detach(): bilateral_filter has none for the image")
-    if image.is_floating_point() and image.numel() and may_read_values(image):
-        low, high = value_range(image if mask is None else image.masked_fill(~mask[:, None], 0.0))
-        # A NaN anywhere makes the comparison false.
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"image: got values from {low} to {high}, expected [0, 1], before normalisation")
+    check_colors(image, mask)

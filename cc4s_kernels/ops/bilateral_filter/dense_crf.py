@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels._precision import accumulation_dtype, without_autocast
-from cc4s_kernels._validation import check_number, check_tensor, describe
-from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image, check_sigma
+from cc4s_kernels._validation import check_number, check_positive, check_tensor, describe
+from cc4s_kernels.ops.bilateral_filter import bilateral_filter, check_image
 
 # Probabilities below have this unary energy, as in pydensecrf.
 LEAST_PROBABILITY = 1e-5
@@ -96,6 +96,6 @@ def _parts(name: str, value: Any, sigmas: Sequence[str]) -> Sequence[float]:
     if not isinstance(value, Sequence) or len(value) != len(sigmas) + 1:
         raise ValueError(f"{name}: got {describe(value)}, expected ({', '.join(sigmas)}, compatibility) or None")
     for part, number in zip(sigmas, value, strict=False):
-        check_sigma(f"{name} {part}", number)
+        check_positive(f"{name} {part}", number)
     check_number(f"{name} compatibility", value[-1], low=0)
     return value

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import backends
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe, may_read_values, value_range
+from cc4s_kernels._validation import check_colors, check_number, check_positive, check_shape, check_tensor, describe
 from cc4s_kernels.ops.gated_crf import library  # noqa: F401  registers the backends
 
 MAX_RADIUS = 1024
@@ -53,9 +53,7 @@ def gated_crf(
     """
     _check(prob, image, radius, mask, destination)
     for name, sigma in (("sigma_xy", sigma_xy), ("sigma_rgb", sigma_rgb)):
-        check_number(name, sigma, low=0)
-        if sigma == 0:
-            raise ValueError(f"{name}: got 0, expected a value greater than 0")
+        check_positive(name, sigma)
     options = {
         "radius": radius,
         "sigma_xy": sigma_xy,
@@ -78,8 +76,4 @@ def _check(prob: Tensor, image: Tensor, radius: int, mask: Tensor | None, destin
         if gate is not None:
             check_tensor(name, gate, dims="(B, H, W)", dtypes=(torch.bool,), device=prob.device)
             check_shape(name, gate, (batch, height, width), "the pixels of prob")
-    if image.is_floating_point() and image.numel() and may_read_values(image):
-        low, high = value_range(image if mask is None else image.masked_fill(~mask[:, None], 0.0))
-        # A NaN anywhere makes the comparison false.
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"image: got values from {low} to {high}, expected [0, 1], before normalisation")
+    check_colors(image, mask)

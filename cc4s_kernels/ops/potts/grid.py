@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels._precision import accumulation_dtype
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe, may_read_values
+from cc4s_kernels._validation import check_number, check_positive, check_shape, check_tensor, describe, may_read_values
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
 """(dy, dx) of the pairs: right, down, down-right, down-left; the first two make the 4-connected grid."""
@@ -129,9 +129,7 @@ def gaussian_grid(
     check_tensor("image", image, dims="(B, C, H, W)")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image: got {describe(image)}, expected torch.uint8, or a floating dtype in [0, 1]")
-    check_number("sigma_color", sigma_color, low=0)
-    if sigma_color == 0:
-        raise ValueError("sigma_color: got 0, expected a value greater than 0")
+    check_positive("sigma_color", sigma_color)
     directions = _directions(connectivity)
     batch, _, height, width = image.shape
     if mask is not None:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from cc4s_kernels import backends
 from cc4s_kernels._precision import cast_for_autocast
-from cc4s_kernels._validation import check_number
 from cc4s_kernels.ops.random_walk import library as library
-from cc4s_kernels.ops.random_walk.checks import check_mask, check_queries_and_keys, check_values
+from cc4s_kernels.ops.random_walk.checks import check_walk
 
 __all__ = ["random_walk"]
 
@@ -84,12 +83,7 @@ def random_walk(
 
     Source: docs/method.md section 2.
     """
-    check_queries_and_keys(q, k)
-    check_values(q, v)
-    check_mask(q, mask)
-    check_number("scale", scale)
-    check_number("steps", steps, low=1, integer=True)
-    check_number("restart", restart, low=0.0, high=1.0)
+    check_walk(q, k, v, mask, scale, steps, restart)
     q, k, v = cast_for_autocast(q, k, v)
     run = backends.select(
         "random_walk", q, k, v, mask=mask, scale=scale, steps=steps, restart=restart, return_lse=return_lse

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cc4s_kernels._validation import check_shape, check_tensor, describe
+from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe
 
 
 def check_queries_and_keys(q: Any, k: Any, names: Sequence[str] = ("q", "k")) -> None:
@@ -35,6 +35,16 @@ def check_mask(q: Tensor, mask: Any) -> None:
     if mask is not None:
         check_tensor("mask", mask, dims="(..., N)", dtypes=(torch.bool,), device=q.device)
         check_shape("mask", mask, q.shape[:-1], "N and the leading dimensions of q")
+
+
+def check_walk(q: Any, k: Any, v: Any, mask: Any, scale: Any, steps: Any, restart: Any) -> None:
+    """The arguments of `random_walk`, on one process or on several."""
+    check_queries_and_keys(q, k)
+    check_values(q, v)
+    check_mask(q, mask)
+    check_number("scale", scale)
+    check_number("steps", steps, low=1, integer=True)
+    check_number("restart", restart, low=0.0, high=1.0)
 
 
 def check_same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cc4s_kernels import backends
-from cc4s_kernels._validation import check_number, check_shape, check_tensor, describe
+from cc4s_kernels._validation import check_positive, check_shape, check_tensor, describe
 from cc4s_kernels.ops.tree_filter import library  # noqa: F401  registers the backends
 
 MAX_PIXELS = 2**30 - 1
@@ -42,7 +42,5 @@ def tree_filter(values: Tensor, guide: Tensor, *, sigma: float) -> Tensor:
     check_shape("guide", guide, (batch, guide.shape[1], height, width), "the pixels of values")
     if not 1 <= height * width <= MAX_PIXELS:
         raise ValueError(f"values: got {describe(values)}, expected 1 to {MAX_PIXELS} pixels")
-    check_number("sigma", sigma, low=0)
-    if sigma == 0:
-        raise ValueError("sigma: got 0, expected a value greater than 0")
+    check_positive("sigma", sigma)
     return backends.select("tree_filter", values, guide, sigma=sigma)(values, guide, sigma=sigma)
